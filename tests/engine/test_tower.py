@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from support.families import FAMILIES, VIDEO, Family, Media, text
+from support.families import FAMILIES, IMAGE, VIDEO, Family, Media, text
+from support.oracle import decoder_inputs
 from support.tower import deep
 from torch import Tensor
 
@@ -288,6 +289,32 @@ def test_features_from_elsewhere_are_refused() -> None:
     inputs |= {"mm_encoder_outputs": encoded, "image_grid_thw": pixels["image_grid_thw"]}
     with pytest.raises(SpanError, match="did not run"):
         spied(model, inputs, TOWER_KEYS)
+
+
+def test_a_failed_prompt_leaves_no_signals() -> None:
+    """Its tower has run for other pictures than those of the next prompt, which has features."""
+    family = FAMILIES["qwen2_vl"]
+    model = family.build()
+    failed, inputs = (family.batch([[text(3), family.image(0), text(4)]]) for _ in range(2))
+    embeds = decoder_inputs(family.build(), family, inputs)["inputs_embeds"]
+    types = (inputs["input_ids"] == IMAGE).int()
+    call = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+    call |= {"mm_token_type_ids": types, "position_ids": family.positions(model, inputs)}
+    settings: list[dict[str, Any]] = [
+        dict(ratio=0.5, reducer="visionzip"), dict(reducer="pixelprune", threshold=4),
+    ]  # fmt: skip
+    for setting in settings:
+        with torch.no_grad(), tokencomp.patch(model, **setting) as handle:
+            fail = family.decoder(model).register_forward_pre_hook(lambda *_: 1 / 0, prepend=True)
+            with pytest.raises(ZeroDivisionError):
+                model(**failed)
+            fail.remove()
+            if "ratio" in setting:
+                with pytest.raises(SpanError, match="did not run"):
+                    model(**call)
+            else:
+                model(**call)
+                assert handle.stats.tower_flops == (0, 0)
 
 
 def test_another_layer_in_a_call_is_refused() -> None:

@@ -180,8 +180,8 @@ class Noted:
     apart
         From the body: modalities of the media that no stage of this call sees.
     encoded
-        What the vision tower has encoded within the call of the model, in order, see
-        `tokencomp.engine.tower.stage`; None outside of a call.
+        Calls of the vision tower within the call of the model, in order, as stage and signals of
+        the tower (`tower/`) record them; None outside of a call.
     """
 
     columns: int | None = None

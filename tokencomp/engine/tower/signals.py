@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
-from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -103,13 +101,6 @@ def attention_received(
 # -- probes -------------------------------------------------------------------------------------
 
 
-class _Latest(threading.local):
-    """The latest calls of the tower in this thread."""
-
-    def __init__(self) -> None:
-        self.calls: deque[TowerCall] = deque(maxlen=2)
-
-
 class TowerProbe(CallHooks):
     """Watches blocks of the vision tower for the signals that a plan needs.
 
@@ -130,7 +121,6 @@ class TowerProbe(CallHooks):
     ) -> None:
         super().__init__(adapter, calls)
         self.signals, self.rows = signals, rows
-        self._latest = _Latest()
         self._heads = 1
 
     def install(self) -> None:
@@ -141,19 +131,25 @@ class TowerProbe(CallHooks):
         if packer := self.adapter.packer:
             self._handles.append(MethodReplacement(self.adapter.body, packer, self._pack))
 
+    @property
+    def _tower_calls(self) -> list[TowerCall]:
+        """Calls of the tower within the running call of the model."""
+        encoded = self.calls.state.noted.encoded or ()
+        return [call for call in encoded if isinstance(call, TowerCall)]
+
     def _begin(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if not self.calls.state.disabled:
+        state = self.calls.state
+        if not state.disabled and state.noted.encoded is not None:
             grids = compat.bind(tower, args, kwargs).get("grid_thw")
-            self._latest.calls.append(TowerCall({}, grids))
+            state.noted.encoded.append(TowerCall({}, grids))
 
     @torch.no_grad()
     def _record(
         self, signals: list[TowerSignal], attn: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> None:
         """Record `signals` of one block."""
-        if (
-            self.calls.state.disabled or not self._latest.calls
-        ):  # none: a backward pass runs the block again
+        calls = self._tower_calls
+        if self.calls.state.disabled or not calls:  # none: a backward pass runs the block again
             return
         arguments, rows = compat.bind(attn, args, kwargs), self.rows()
         q, k = queries_and_keys(attn, arguments)
@@ -169,15 +165,15 @@ class TowerProbe(CallHooks):
                 values = attention_received(*turned, bounds, *options)[..., None]
             # Full length, where a stage in the tower has dropped rows.
             values = values if rows is None else rows.full_length(values)
-            self._latest.calls[-1].values[signal] = values
+            calls[-1].values[signal] = values
 
     def _pack(self, original: Callable[..., Any], features: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the packer of the body, and record how it was called."""
-        if self._latest.calls:
+        if calls := self._tower_calls:
             # `Adapter.tower_tokens` packs the recorded values in the same way, but without line
             # breaks: it passes `image_newline=None` itself.
             kwargs_now = {k: v for k, v in kwargs.items() if k != "image_newline"}
-            self._latest.calls[-1].packing = [len(f) for f in features], args, kwargs_now
+            calls[-1].packing = [len(f) for f in features], args, kwargs_now
         return original(features, *args, **kwargs)
 
     def collect(self, spans: list[list[VisualSpan]]) -> dict[Signal, list[list[Tensor]]]:
@@ -197,11 +193,8 @@ class TowerProbe(CallHooks):
         modalities = [
             k for k in ("image", "video") if any(s.modality == k for row in spans for s in row)
         ]
-        # The tower runs once for all images and then once for all videos. An earlier call belongs
-        # to another prompt, which never reached the decoder; a call that failed lacks values.
-        calls = [c for c in self._latest.calls if len(c.values) == len(self.signals)]
-        calls = calls[len(calls) - len(modalities) :]
-        self._latest.calls.clear()
+        # The tower runs once for all images and then once for all videos.
+        calls = self._tower_calls[-len(modalities) :] if modalities else []
         if len(calls) < len(modalities):
             raise SpanError(
                 "the reducer reads the vision tower's attention, but the tower did not run for "

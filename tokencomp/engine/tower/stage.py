@@ -264,7 +264,8 @@ class TowerDrop(CallHooks):
         The prompt gets the pictures that later ones are compared with.
         """
         modalities = call.modalities - {"audio"}
-        encoded: list[_Running] = (self.calls.state.noted.encoded or [])[-len(modalities) :]
+        encoded = [x for x in self.calls.state.noted.encoded or () if isinstance(x, _Running)]
+        encoded = encoded[-len(modalities) :]
         for running in encoded if SEEN in self.stage.reducer.needs else ():
             cells = running.cells
             if cells.modality in modalities:
