@@ -346,3 +346,23 @@ def test_a_still_screen_under_a_budget_becomes_complete() -> None:
             kept, _ = talk.say(picture)
             counts.append(len(kept[0][1][0][0]))
     assert counts == [6, 6, 6, 4, 1]
+
+
+def test_padding_rows_show_nothing() -> None:
+    """A picture in the first column of a sample that keeps fewer rows than the other."""
+    family = FAMILIES["llava"]
+    model, screen = family.build(), TiledScreen(family, family.image(0), noise=0)
+    cache, mask, entered = DynamicCache(), torch.zeros(2, 0, dtype=torch.long), []
+    setting = dict(budget=4, reducer="delta", threshold=THRESHOLD, then="uniform")
+    with tokencomp.patch(model, **setting) as handle, torch.no_grad():
+        for picture in (screen.first, screen.show(set())):
+            call = family.batch([[picture, text(1, 3)], [text(14, 3)]])
+            call["position_ids"] = family.positions(model, call) + mask.shape[1]
+            mask = torch.cat([mask, call["attention_mask"]], 1)
+            model(**{**call, "attention_mask": mask}, past_key_values=cache, use_cache=True)
+            entered.append(set(handle.stats.tower_kept(0)[0]))
+            kept = set(handle.stats.kept(0)[-1][0])
+            if len(entered) == 1:
+                assert handle.stats.spans[0][0].start == 0 and 0 not in kept
+                expected = set(range(screen.cells)) - kept
+    assert entered[1] == expected
