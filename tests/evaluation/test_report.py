@@ -18,6 +18,7 @@ from tokencomp.evaluation import Setting, mcnemar, retention, sweep
 from tokencomp.evaluation.comparisons import comparisons, losses, paired_tests
 from tokencomp.evaluation.group_runs import find_runs
 from tokencomp.evaluation.metrics import McNemar
+from tokencomp.pages import report
 from tokencomp.pages.lost import draw_lost, read_lost, write_lost
 from tokencomp.pages.report import Line, lines
 from tokencomp.pages.report import lines as find_lines
@@ -274,7 +275,7 @@ def test_random_is_one_row_however_many_seeds_it_has(tmp_path):
     assert (test.wins, test.losses, test.p) == (1, 3, 0.625)
     (loss,) = losses(every)
     assert (loss.accuracy, loss.rival_accuracy) == (0.25, 0.5)
-    assert (loss.test.wins, loss.test.losses, loss.test.p) == (1, 3, 0.625)
+    assert loss.gap.value == -0.25 and not loss.sure  # one won of four
     _, line, aim = find_lines(every)
     assert (line.label, line.accuracy, line.seeds) == ("random (2 seeds)", 0.5, (0.25, 0.75))
     assert (line.retention.value, aim.comparisons.random.value, aim.comparisons.seeds) == (
@@ -303,6 +304,32 @@ def test_losses_are_the_groups_that_score_lower(runs_comparisons):
     assert all(
         loss.label == "aim" and loss.accuracy < loss.rival_accuracy for loss in losses(every)
     )
+
+
+def test_the_page_lists_what_lost_and_counts_what_chance_explains(tmp_path, capsys):
+    """Of 12 questions: 12 lost in group a against random, one in group b."""
+    right = {f"{group}{i}": 1 for group in "ab" for i in range(12)}
+    lost = {**right, **{f"a{i}": 0 for i in range(12)}, "b0": 0}
+    for name, ratio, scores in (("full", 0.0, right), ("random", 0.5, right), ("aim", 0.5, lost)):
+        write_run(tmp_path / "r", name, ratio, scores)
+    found = {loss.family: loss.sure for loss in losses(find_runs([tmp_path / "r"]))}
+    assert found == {"a": True, "b": False}
+    assert run("report", tmp_path / "r", "-o", tmp_path / "r.html") == 0
+    part = (tmp_path / "r.html").read_text().split("Where it loses")[1].split("<h2>")[0]
+    assert re.findall(r"<tr><td>aim</td><td>0.5</td><td>(.)</td>", part) == ["a"]
+    assert "1 more comparison is lower" in part
+
+
+def test_one_ratio_has_one_plot(runs, tmp_path, capsys):
+    """Without a line over ratios, time per answer would repeat the rows of the first plot."""
+    both = []
+    for ratio in (0.5, 0.75):
+        table = rows(runs)
+        both.append(len(report.plots(table)))
+        for name in ("random", "aim"):
+            scores = {"a1": 0, "a2": 1, "a3": 0, "b1": 0, "b2": 0, "b3": 1}
+            write_run(runs, name, ratio + 0.25, scores)
+    assert both == [1, 2]
 
 
 @pytest.mark.parametrize(

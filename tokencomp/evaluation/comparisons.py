@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokencomp.evaluation.metrics import Difference, McNemar, difference, mcnemar, retention
+from tokencomp.evaluation.metrics import Difference, difference, mcnemar, retention
 from tokencomp.evaluation.runs import EvalRun, paired_scores, score_pairs
 from tokencomp.evaluation.settings import DOWNSCALE, FULL, RANDOM
 
@@ -41,7 +41,10 @@ class Comparisons:
 
 @dataclass(frozen=True)
 class Loss:
-    """A group of items on which a method scores lower than a baseline at its ratio."""
+    """A group of items on which a method scores lower than a baseline at its ratio.
+
+    `gap` is its accuracy minus that of the baseline.
+    """
 
     label: str
     ratio: str
@@ -49,7 +52,12 @@ class Loss:
     accuracy: float
     rival: str
     rival_accuracy: float
-    test: McNemar
+    gap: Difference
+
+    @property
+    def sure(self) -> bool:
+        """Whether the 95 % interval of the difference lies below 0."""
+        return self.gap.high < 0
 
 
 def comparisons(run: EvalRun, runs: Sequence[EvalRun]) -> Comparisons:
@@ -83,7 +91,7 @@ def paired_tests(run: EvalRun, runs: Sequence[EvalRun]) -> dict[str, Any]:
 
 
 def losses(runs: Sequence[EvalRun]) -> list[Loss]:
-    """Groups in which a method scores lower than `random` or downscaling, the clearest first."""
+    """Groups in which a method scores lower than `random` or downscaling, the largest gap first."""
     out = []
     baselines = (RANDOM, DOWNSCALE)
     for run in runs:
@@ -95,12 +103,12 @@ def losses(runs: Sequence[EvalRun]) -> list[Loss]:
                 pairs = score_pairs(run, group, family)
                 own, other = zip(*pairs, strict=True) if pairs else ((), ())
                 if sum(own) < sum(other):
-                    test = mcnemar(own, other)
                     mean = sum(own) / len(pairs), sum(other) / len(pairs)
+                    gap = difference(own, other)
                     out.append(
-                        Loss(run.label, run.shown_ratio, family, mean[0], name, mean[1], test)
+                        Loss(run.label, run.shown_ratio, family, mean[0], name, mean[1], gap)
                     )
-    return sorted(out, key=lambda loss: (loss.test.p, loss.accuracy - loss.rival_accuracy))
+    return sorted(out, key=lambda loss: loss.gap.high)
 
 
 def _at(name: str, ratio: float | dict[str, float] | str, runs: Sequence[EvalRun]) -> list[EvalRun]:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tokencomp.errors import OptionError
-
-RESAMPLES = 10_000
-LEVEL = 0.05
-"""Probability with which an interval may miss the truth."""
+from tokencomp.evaluation.score_interval import difference_interval, ratio_interval
 
 
 @dataclass(frozen=True)
 class Paired:
     """A statistic of two methods on the same items, with its paired 95 % interval.
 
-    The interval is that of the bootstrap. Where all items say the same, as when two methods answer
-    every one alike, it would have no width; then it is the exact one (Clopper and Pearson 1934) for
-    a share of items that say something else, of which none was seen.
+    The interval is the score interval of `tokencomp.evaluation.score_interval`.
     """
 
     value: float
@@ -71,21 +66,13 @@ def _paired(first: Sequence[float], second: Sequence[float]) -> tuple[np.ndarray
     return a, b
 
 
-def retention(
-    compressed: Sequence[float],
-    full: Sequence[float],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Retention:
-    """Retention with a paired interval: items are drawn, both scores come along.
+def retention(compressed: Sequence[float], full: Sequence[float]) -> Retention:
+    """Mean of `compressed` divided by that of `full`.
 
     Parameters
     ----------
     compressed, full
         Scores per item, in the same order; 0 or 1, or anything non-negative.
-    resamples, seed
-        Bootstrap draws, and the seed of their generator.
 
     Raises
     ------
@@ -93,61 +80,15 @@ def retention(
         Different lengths, no items, or scores that are not finite.
     """
     a, b = _paired(compressed, full)
-
-    def ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return x.sum(-1) / y.sum(-1)
-
-    value, low, high, n = _bootstrap(a, b, ratio, resamples, seed)
-    if low == high:  # of items that scored otherwise, the full model's mean is the measure
-        margin, most = _unseen(a, b) / b.mean(), max(a.max(), b.max(), 1.0) / b.mean()
-        low, high = max(value - margin, 0.0), max(min(value + margin, most), value)
-    return Retention(value, low, high, n)
+    if not b.any():
+        return Retention(math.nan, math.nan, math.nan, a.size)
+    return Retention(float(a.sum() / b.sum()), *ratio_interval(a, b), a.size)
 
 
-def difference(
-    first: Sequence[float],
-    second: Sequence[float],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Difference:
+def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
     """Mean of `first` minus mean of `second`. Parameters and errors as in `retention`."""
     a, b = _paired(first, second)
-
-    def gap(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return x.mean(-1) - y.mean(-1)
-
-    value, low, high, n = _bootstrap(a, b, gap, resamples, seed)
-    if low == high:
-        margin, most = _unseen(a, b), max(a.max(), b.max(), 1.0)
-        low, high = max(value - margin, -most), min(value + margin, most)
-    return Difference(value, low, high, n)
-
-
-def _unseen(a: np.ndarray, b: np.ndarray) -> float:
-    """The most that items unlike all n seen ones can change a mean, at `LEVEL`, two-sided."""
-    return float((1 - (LEVEL / 2) ** (1 / a.size)) * max(a.max(), b.max(), 1.0))
-
-
-def _bootstrap(
-    a: np.ndarray,
-    b: np.ndarray,
-    statistic: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    resamples: int,
-    seed: int,
-) -> tuple[float, float, float, int]:
-    """Value, interval and number of items of a statistic of paired scores."""
-    rng, n = np.random.default_rng(seed), a.size
-    values = np.empty(resamples)
-    step = max(1, 2_000_000 // n)
-    for start in range(0, resamples, step):
-        draw = rng.integers(n, size=(min(step, resamples - start), n))
-        values[start : start + step] = statistic(a[draw], b[draw])
-    values = values[np.isfinite(values)]
-    low, high = np.quantile(values, [0.025, 0.975]) if values.size else (math.nan, math.nan)
-    value = float(statistic(a, b))
-    return value if math.isfinite(value) else math.nan, float(low), float(high), n
+    return Difference(float(a.mean() - b.mean()), *difference_interval(a, b), a.size)
 
 
 def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:

@@ -158,12 +158,13 @@ def plots(table: Sequence[Line]) -> list[str]:
         point = accuracy_point(line.run.mean("ratio"), line.accuracy, line.retention, full.accuracy)
         by_ratio.setdefault(name, []).append(point)
         if line.seconds == line.seconds:
-            by_time.setdefault(name, []).append(Point(line.seconds, line.accuracy))
+            timed = accuracy_point(line.seconds, line.accuracy, line.retention, full.accuracy)
+            by_time.setdefault(name, []).append(timed)
     shared: dict[str, Any] = {"y": "accuracy", "reference": full.accuracy}
     figures = []
     if by_ratio:
         figures.append(draw(by_ratio, x="achieved ratio (visual-token work removed)", **shared))
-    if by_time:
+    if max(map(len, by_time.values()), default=0) > 1:  # else it repeats the rows of the first
         figures.append(draw(by_time, x="time per answer against the full model", **shared))
     return figures
 
