@@ -43,6 +43,10 @@ class OptionError(TokenCompError, ValueError):
     """An option that the reducer, schedule or command does not have, or a value it cannot take."""
 
 
+class UnknownOptionError(OptionError):
+    """An option that the named reducer does not have."""
+
+
 class UnknownNameError(TokenCompError, LookupError):
     """A reducer, model, task or schedule name that is not registered."""
 
@@ -188,15 +192,37 @@ LEFT_OUT = ("prumerge", "prunevid", "ottvid", "framefusion", "echoprune", "f3a",
 """Methods that docs/methods.md lists as left out, without hyphens."""
 
 
+ELSEWHERE = {
+    "image_max_tokens": ("llama.cpp", "budget=512"),
+    "max_soft_tokens": ("Gemma 4", "budget=512"),
+    "max_pixels": ("Qwen", "budget=512"),
+    "video_pruning_rate": ("vLLM", "reducer='evs', ratio=0.5"),
+    "dominant": ("VisionZip", "reducer='visionzip', budget=64"),
+    "contextual": ("VisionZip", "reducer='visionzip', budget=64"),
+    "r": ("ToMe", "reducer='bipartite', ratio=0.5"),
+    "tome": ("ToMe", "reducer='bipartite'"),
+}
+"""Names of other libraries: whose they are, and the arguments of `patch` that come next to them."""
+
+
+def hint(name: str, allowed: Iterable[str]) -> str:
+    """What a wrong name may stand for, as a sentence after a space; "" if nothing is near."""
+    plain = name.lower().replace("-", "_")
+    if plain in ELSEWHERE:
+        owner, here = ELSEWHERE[plain]
+        return f" What {owner} calls {name!r} is {here} here (docs/coming-from.md)."
+    if plain.replace("_", "").rstrip("+") in LEFT_OUT:
+        return " This method is left out on purpose, docs/methods.md says why."
+    lower = {one.lower(): one for one in sorted(allowed)}
+    close = [lower[m] for m in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.7)]
+    return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+
+
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> UnknownNameError:
     """Build the error for an unknown `kind` ("reducer", "model", ...), with near misses, if any."""
     names = sorted(allowed)
-    lower = {one.lower(): one for one in names}
-    close = [lower[m] for m in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.7)]
-    hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
-    if name.lower().replace("-", "").rstrip("+") in LEFT_OUT:
-        hint = " This method is left out on purpose, docs/methods.md says why."
-    return UnknownNameError(f"unknown {kind} {name!r}.{hint} Available: {', '.join(names)}.")
+    near = hint(name, names)
+    return UnknownNameError(f"unknown {kind} {name!r}.{near} Available: {', '.join(names)}.")
 
 
 def check_free(kind: str, name: str, old: type, new: type) -> None:

@@ -95,7 +95,8 @@ class MethodSpec(StageOptions):
             self._assign(ratios=self.ratio, ratio=0.0)
         self._assign(ratios=_checked_ratios(self.ratios), ratio=check_ratio(self.ratio))
         if self.tower_ratio != "auto":
-            self._assign(tower_ratio=check_ratio(self.tower_ratio, "tower_ratio"))
+            other = ', or "auto"'
+            self._assign(tower_ratio=check_ratio(self.tower_ratio, "tower_ratio", other))
         check_exclusive(self._given)
         if self.plan is None:
             self.check_options(self.built_reducer if self.names_reducer else None)
@@ -148,10 +149,11 @@ class MethodSpec(StageOptions):
             if "then" in self.options.keys() - self.inherited:
                 check_effect(self.repeats.name, self.repeats, {"then": why})
         if dropped > self.ratio:
+            usual = " (the default)" if self.ratio == usual_ratio(self.reducer) else ""
             raise PlanError(
                 f"tower_ratio={dropped:g} leaves {1 - dropped:.3g} of the visual tokens, but "
-                f"ratio={self.ratio:g} asks for {1 - self.ratio:.3g} of them in the decoder. Lower "
-                f"tower_ratio to {self.ratio:g} or less, or raise ratio."
+                f"ratio={self.ratio:g}{usual} asks for {1 - self.ratio:.3g} in the decoder. Give a "
+                f"ratio of {dropped:g} or more too, or tower_ratio={self.ratio:g} or less."
             )
         if self.tower_reducer != "auto" or self.tower_ratio:
             TowerStage(0, 1.0 - dropped, self.built_tower_reducer)

@@ -8,9 +8,11 @@ import inspect
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from support.families import FAMILIES
 from support.matrix import row
 
 import tokencomp
@@ -56,9 +58,35 @@ def test_a_taken_name_is_refused() -> None:
 
 def test_an_unknown_option_lists_what_patch_takes() -> None:
     with pytest.raises(OptionError) as error:
-        tokencomp.make_reducer("auto", strength=1)
+        tokencomp.patch(FAMILIES["qwen2_vl"].build(), strength=1)
     arguments = {*inspect.signature(tokencomp.patch).parameters} - {"model", "options"}
     assert arguments <= {*str(error.value).rstrip(".").replace(":", ",").split(", ")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Decorated(Uniform):
+    power: float = 1.0
+
+
+class Undecorated(Uniform):
+    power: float = 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "message"),
+    [
+        (Decorated, None, r'write @register_reducer\("name"\)'),  # @register_reducer alone
+        ("my method+", Decorated, '"\\+" composes'),
+        ("a+b", Decorated, '"\\+" composes'),
+        ("mine", Undecorated, "Undecorated has the options power and is no dataclass"),
+        ("mine", dict, "does not derive from tokencomp.Reducer"),
+    ],
+)
+def test_what_cannot_be_registered_is_refused(name: Any, cls: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        tokencomp.register_reducer(name)(cls)
+    tokencomp.register_reducer("mine-2.0")(Decorated)
+    assert tokencomp.make_reducer("mine-2.0", power=2.0) == Decorated(power=2.0)
 
 
 def test_override_replaces_a_reducer() -> None:

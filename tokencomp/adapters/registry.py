@@ -90,6 +90,12 @@ def adapter_for(model: nn.Module) -> Adapter:
     for wrapper in _unwrapped(model):
         if isinstance(wrapper, nn.DataParallel) and len(wrapper.device_ids) > 1:
             raise UnsupportedModelError(DATA_PARALLEL)
+    inner = getattr(model, "transformers_model", None)  # of an embedder of sentence-transformers
+    if inner is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds the model as `.transformers_model`. Patch that: "
+            "tokencomp.patch(embedder.transformers_model, ...)."
+        )
     model = unwrap(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     known = available_models()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor
 
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.errors import MediaError
+from tokencomp.errors import MediaError, OptionError
 from tokencomp.inputs.frame_times import frame_times, whole_steps
 from tokencomp.inputs.questions import frames_apart, modality_of
 from tokencomp.inputs.sounds import RATE
-from tokencomp.inputs.video import Sampling, sampling_of
+from tokencomp.inputs.video import Sampling, Video, sampling_of
 from tokencomp.tokens.tokens import MODALITIES
 
 Chat = list[dict[str, Any]]
@@ -139,8 +140,12 @@ def build_inputs(
     Raises
     ------
     MediaError
-        The processor refuses them, or a video has no frames, or frames of several sizes.
+        Media that are no list of rows, or paths; the processor refuses them, or a video has no
+        frames, or frames of several sizes.
+    OptionError
+        Not one question per row.
     """
+    _check_rows(media, prompts)
     if any(modality_of(one) == "video" for row in media for one in row):
         media = media if takes_videos(processor) else [frames_apart(row) for row in media]
     chats = [media_chat(m, p) for m, p in zip(media, prompts, strict=True)]
@@ -158,6 +163,36 @@ def build_inputs(
         raise MediaError(
             f"the model's processor refuses the prompt ({sizes}; {others}): {error}"
         ) from error
+
+
+def _check_rows(media: Any, prompts: Any) -> None:
+    """Say what is wrong with media or questions that are not one list, and one text, per row."""
+    rows = media if _is_row(media) else [media]
+    listed = [one for row in rows for one in (row if _is_row(row) else [row])]
+    for path in (one for one in listed if isinstance(one, str | PathLike)):
+        raise MediaError(
+            f"build_inputs: {str(path)!r} is a path, or another text. Read a file first: "
+            f"tokencomp.inputs.media.load_media({str(path)!r})."
+        )
+    for row in (row for row in rows if not _is_row(row)):
+        raise MediaError(
+            f"build_inputs: media {type(row).__name__} where a row was expected, the list of all "
+            f"media of one question. As in {EXAMPLE}."
+        )
+    if isinstance(prompts, str) or len(prompts) != len(media):
+        given = "one text" if isinstance(prompts, str) else f"{len(prompts)} texts"
+        raise OptionError(
+            f"build_inputs: {given} for {len(media)} rows of media. Give a list with one question "
+            f"per row, as in {EXAMPLE}."
+        )
+
+
+EXAMPLE = 'build_inputs(processor, [[picture]], ["What is shown?"])'
+
+
+def _is_row(value: Any) -> bool:
+    """Whether a value is a list of media; a clip that knows its times is one medium."""
+    return isinstance(value, list | tuple) and not isinstance(value, Video)
 
 
 def stacked(clip: Sequence[Any]) -> np.ndarray:

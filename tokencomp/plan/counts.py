@@ -17,18 +17,20 @@ MAX_BUDGET = 1_000_000
 PROMPT = "prompt"
 
 
-def check_ratio(ratio: Any, name: str = "ratio") -> float:
+def check_ratio(ratio: Any, name: str = "ratio", instead: str = "") -> float:
     """Return `ratio` as a float in [0, 1); raise `RatioError` otherwise, also for text.
 
     Parameters
     ----------
     name
         Of the argument, for the message.
+    instead
+        What else the argument takes, for the message.
     """
     if not fits(ratio, float) or not 0.0 <= ratio < 1.0:
         raise RatioError(
             f"{name}={ratio!r}: expected a number in [0, 1), the fraction of visual-token work to "
-            f"remove (0 = off, 0.75 = a quarter is left). Use e.g. {name}=0.5."
+            f"remove (0 = off, 0.75 = a quarter is left). Use e.g. {name}=0.5{instead}."
         )
     return float(ratio)
 

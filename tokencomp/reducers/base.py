@@ -138,7 +138,16 @@ class ScoreReducer(Reducer):
                 f"reducer {label(self)!r} returned scores of {form(scores)}. `scores(tokens)` must "
                 f"return one score per patch, a tensor of shape {wanted}."
             )
-        scores = finite_values(scores, "scores")
+        try:
+            scores = finite_values(scores, "scores")
+        except ScoreError:
+            for value in (tokens.features, tokens.scores, *tokens.tower.values()):
+                if value is not None:
+                    finite_values(value, "features and scores")  # raises for what came in
+            raise ScoreError(
+                f"reducer {label(self)!r} returned scores with NaN or infinity for finite "
+                "features. Correct its `scores`."
+            ) from None
         return Kept(topk_stable(scores, tokens.budgets, spans=tokens.lengths, trusted=True))
 
 

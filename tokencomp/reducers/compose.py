@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from tokencomp.errors import OptionError
+from tokencomp.errors import OptionError, UnknownOptionError, hint
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.options import Traits
 from tokencomp.plan.plan import Plan, Stage
@@ -107,8 +108,9 @@ def composed_options(
         parts = [p for p in fields if option in fields[p] and prefix in ("", p)]
         if len(parts) != 1:
             known = sorted(f"{p}.{o}" for p in fields for o in fields[p])
-            raise OptionError(
-                f"reducer {name!r}: {key!r} names {'two options' if parts else 'no option'}. "
+            raise UnknownOptionError(
+                f"reducer {name!r}: {key!r} names {'two options' if parts else 'no option'}."
+                f"{'' if parts else hint(key, ['share', *itertools.chain(*fields.values())])} "
                 f"It has: share, {', '.join(known)}."
             )
         by_part[parts[0]][option] = value

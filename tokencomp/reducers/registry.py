@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import pkgutil
+import re
 import threading
 import warnings
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any, TypeVar, cast
 
-from tokencomp.errors import OptionError, PluginWarning, check_free, unknown_name
+from tokencomp.errors import (
+    OptionError,
+    PluginWarning,
+    UnknownOptionError,
+    check_free,
+    hint,
+    unknown_name,
+)
 from tokencomp.plan.options import OPTIONS
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.compose import Compose, composed_options
@@ -46,9 +55,18 @@ def register_reducer(name: str, *, override: bool = False) -> Callable[[R], R]:
     NameTakenError
         Another class has the name, and `override` is False. The same class may register again:
         modules are reloaded, and notebook cells run twice.
+    OptionError
+        No name, or one with other characters than letters, digits, "_", "-" and "."; a class that
+        is no `Reducer`, or whose options are no fields because it is no dataclass.
     """
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        raise OptionError(
+            f'register_reducer({name!r}): write @register_reducer("name") above the class, with a '
+            'name of letters, digits, "_", "-" and "."; "+" composes two reducers.'
+        )
 
     def decorate(cls: R) -> R:
+        _check_class(cls)
         if not cls.__module__.startswith(f"{PACKAGE}."):
             _load_built_in()  # a clash with a built-in name is an error now, not later
         old = _REGISTRY.get(name)
@@ -59,6 +77,19 @@ def register_reducer(name: str, *, override: bool = False) -> Callable[[R], R]:
         return cls
 
     return decorate
+
+
+def _check_class(cls: type) -> None:
+    """Raise `OptionError` for a class that is no reducer, or has annotations that are no fields."""
+    if not (isinstance(cls, type) and issubclass(cls, Reducer)):
+        raise OptionError(f"register_reducer: {cls!r} does not derive from tokencomp.Reducer.")
+    named = inspect.get_annotations(cls)
+    options = [name for name, hint in named.items() if "ClassVar" not in str(hint)]
+    if options and "__dataclass_fields__" not in vars(cls):
+        raise OptionError(
+            f"register_reducer: {cls.__name__} has the options {', '.join(options)} and is no "
+            "dataclass. Write @dataclass(frozen=True) between @register_reducer(...) and the class."
+        )
 
 
 def _load_built_in() -> None:
@@ -129,9 +160,9 @@ def make_reducer(name: str | Reducer, /, **options: Any) -> Reducer:
     cls = _class_of(name)
     allowed = _option_names(cls)
     if wrong := sorted(set(options) - set(allowed)):
-        raise OptionError(
-            f"reducer {name!r} has no option {', '.join(map(repr, wrong))}. Its options: "
-            f"{', '.join(allowed) or 'none'}; arguments of patch: {', '.join(ARGUMENTS)}."
+        raise UnknownOptionError(
+            f"reducer {name!r} has no option {', '.join(map(repr, wrong))}."
+            f"{hint(wrong[0], [*allowed, *ARGUMENTS])} Its options: {', '.join(allowed) or 'none'}."
         )
     return cls(**options)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tokencomp.errors import OptionError, RatioError
+from tokencomp.errors import OptionError, RatioError, hint
 from tokencomp.method import MethodSpec, resolve_auto
 from tokencomp.plan.counts import MAX_RATIO, Budget, check_ratio
 from tokencomp.plan.options import OPTIONS, check_option, one_amount
@@ -303,7 +303,8 @@ def as_mapping(value: Any, allowed: tuple[str, ...] | None) -> dict[str, Any]:
     wrong = [k for k in value if allowed is not None and k not in allowed]
     if wrong:
         raise OptionError(
-            f"tokencomp options have no {', '.join(map(repr, wrong))}. Allowed: "
-            f"{', '.join(allowed or ())}; options of the reducer itself go under 'options'."
+            f"tokencomp options have no {', '.join(map(repr, wrong))}."
+            f"{hint(str(wrong[0]), allowed or ())} Allowed: {', '.join(allowed or ())}; options of "
+            "the reducer itself go under 'options'."
         )
     return dict(value)

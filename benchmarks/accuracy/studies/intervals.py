@@ -35,9 +35,9 @@ HEAD = f"""# Do the 95 % intervals hold the true value in 95 % of cases?
 answers in each row (known to about 0.7), seed {SEED}; the full model answers {FULL:.0%} of the
 questions. Tables and pages use *score intervals*: Tango (1998) for differences, Tang, Tang and
 Chan (2003) for retention, [one rule](../../tokencomp/evaluation/score_interval.py) for both.
-Where hardly an answer changes, a count of 0 or 1 is all that there is to see, so no fixed rule is
-near 95 %: this one errs on the safe side. The bootstrap, which earlier pages used, has no width
-where no answer differs.
+Where hardly an answer changes, 0 or 1 changed answers are all that there is to see, so no fixed
+rule is near 95 %: this one errs on the safe side. The bootstrap, which earlier pages used, has no
+width where no answer differs.
 
 """
 Counts = tuple[int, ...]
