@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 
@@ -117,25 +118,68 @@ def test_frames_are_scaled_while_they_are_converted(tmp_path, size):
     assert all(np.array_equal(a, b) for a, b in zip(full, same, strict=True))
 
 
+def decodable(path):
+    """Pictures of a damaged file by their number in the order in which they are shown."""
+    with av.open(str(path)) as container:
+        packets = [p for p in container.demux(video=0) if p.size]
+        order, found = sorted(p.pts for p in packets), {}
+        for packet in [*packets, None]:
+            with contextlib.suppress(av.error.FFmpegError):
+                for frame in container.streams.video[0].codec_context.decode(packet):
+                    found[order.index(frame.pts)] = frame.to_ndarray(format="rgb24")
+    return found
+
+
 @pytest.mark.parametrize("name", ["h264", "hevc", "vp9"])
-def test_a_damaged_part_costs_its_own_frames_alone(tmp_path, name):
+def test_damaged_frames_repeat_the_one_shown_before(tmp_path, name):
+    """All 20 chosen frames come, at their own times; the warning counts those that repeat."""
     more = {} if name in OWN_GROUPS else SHORT_GROUPS
     if name == "hevc":
         more = {"x265-params": "log-level=none:keyint=16"}
     path = write_clip(tmp_path, name, pictures(COUNT), **more)
-    _, every = whole(path)
     with av.open(str(path)) as container:
         packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
     content = bytearray(path.read_bytes())
-    start, length = packets[2 * COUNT // 5]
     head = 8 if path.suffix == ".webm" else 0  # of the container, before what is compressed
-    content[start + head : start + length] = bytes(length - head)
+    for start, length in packets[2 * COUNT // 5 :][:6]:
+        content[start + head : start + length] = bytes(length - head)
     path.write_bytes(content)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FrameChoiceWarning)
+    left = decodable(path)
+    with pytest.warns(FrameChoiceWarning, match="are repeated") as warned:
         video = load_media(path, 20)
-    assert len(video) > 12
-    right = [
-        np.array_equal(p, every[k]) for p, k in zip(video, video.sampling.indices, strict=True)
-    ]
-    assert right[0] and right[-1]
+    at = video.sampling.indices
+    assert len(video) == 20 and at == tuple(range(1, COUNT, 3))
+    lost = [k for k in at if k not in left]
+    assert f"{len(lost)} of 20 chosen frames" in str(warned[0].message) and lost
+    for picture, k in zip(video, at, strict=True):
+        shown = max(place for place in left if place <= k)
+        assert np.array_equal(picture, left[shown])
+
+
+@pytest.mark.parametrize(("name", "counted"), [("h264", True), ("vp9", False)])
+def test_a_file_that_was_cut_off_says_so(tmp_path, name, counted):
+    """Where the header with the number of frames comes first; the header of WebM has none."""
+    path = write_clip(tmp_path, name, pictures(COUNT), **SHORT_GROUPS)
+    if counted:
+        front = tmp_path / "front.mp4"
+        flags = {"movflags": "faststart"}
+        with av.open(str(path)) as old, av.open(str(front), "w", options=flags) as new:
+            stream = new.add_stream_from_template(old.streams.video[0])
+            for packet in old.demux(video=0):
+                if packet.size:
+                    packet.stream = stream
+                    new.mux(packet)
+        path = front
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_media(path, 8)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 3 // 5])
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        video = load_media(path, 8)
+    total = video.sampling.total
+    assert len(video) == 8 and 10 < total < COUNT
+    expected = [f"header counts {COUNT} frames, and the file has {total}"] * counted
+    assert [text for text in expected if text in str(warned[-1].message)] == expected
+    assert counted or not warned

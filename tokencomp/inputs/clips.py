@@ -39,8 +39,13 @@ class Clip(contextlib.AbstractContextManager["Clip"]):
     def read(self, places: Sequence[int], size: int | None) -> dict[int, Image.Image]:
         """RGB pictures of the frames at `places`, whose longer side has at most `size` pixels.
 
-        Damaged frames are missing, or replaced by the frame shown before them.
+        Some that are damaged may be missing.
         """
+
+    @property
+    def replaced(self) -> set[int]:
+        """Places of damaged frames that `read` gave another picture."""
+        return set()
 
     def close(self) -> None:
         """Close the file; most clips hold nothing open."""
@@ -112,6 +117,10 @@ class FileClip(Clip):
         if not found:
             raise MediaError(f"{self.path}: none of the chosen frames can be decoded. {MEND}")
         return found
+
+    @property
+    def replaced(self) -> set[int]:
+        return self.file.replaced
 
     def close(self) -> None:
         self.file.close()

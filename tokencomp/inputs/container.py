@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -20,8 +21,8 @@ class VideoFile:
     `opened` opens it, and is called again if the file is not seekable; `threads` and `options` are
     for the decoder. `watch` is called without an argument for every packet, and with every decoded
     frame, and may raise. With `strict`, decoder errors are raised; otherwise another frame replaces
-    a damaged one. `decoded` counts decoded frames, `width` and `height` are those of the header,
-    and `format` is the container's name.
+    a damaged one. `decoded` counts decoded frames, and `replaced` has the places of damaged ones;
+    `width` and `height` are those of the header, and `format` is the container's name.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class VideoFile:
     ) -> None:
         self._opened, self._threads, self._watch = opened, threads, watch
         self._options, self._strict = options or {}, strict
-        self.decoded = 0
+        self.decoded, self.replaced = 0, set[int]()
         self._open()
         self.width, self.height = self._stream.width or 0, self._stream.height or 0
         self.format = str(self._container.format.name)
@@ -64,8 +65,10 @@ class VideoFile:
     def index(self) -> ClipIndex:
         """All frames of the file; decodes only if packets do not give their times."""
         clock, rate = self._stream.time_base, self._stream.average_rate
-        seen, timed = [], True
+        promised = self._stream.frames  # 0 where the header does not say
+        seen, timed, read = [], True, 0
         for packet in self._demux():
+            read += 1
             timed &= packet.pts is not None
             if not packet.is_discard:
                 seen.append((packet.pts or 0, packet.size, packet.is_keyframe))
@@ -75,14 +78,15 @@ class VideoFile:
             return ClipIndex(total, float(rate) if rate else None, None, self._codec)
         if not seen:
             raise MediaError("the file has no frames. Check it with ffprobe.")
-        return index_of(packets_of(seen), clock, rate, self._codec)
+        lacking = max(promised - read, 0)
+        return replace(index_of(packets_of(seen), clock, rate, self._codec), lacking=lacking)
 
     def frames(self, places: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """Decode the frames at `places`: yields place and `av.VideoFrame`, in no particular order.
 
         Decoding starts at the key frame before a chosen frame, unless an earlier chosen frame
-        shares it; frames in between that no other needs are skipped. A damaged frame is replaced by
-        the frame shown before it.
+        shares it; frames in between that no other needs are skipped. In place of a damaged frame
+        comes the one shown before it, or after it if there is none.
         """
         if self.index.packets is None:
             yield from self._in_order(set(places))
@@ -100,25 +104,25 @@ class VideoFile:
                 yield from self._stand_ins(start, sorted(left))
 
     def _stand_ins(self, start: int, left: list[int]) -> Iterator[tuple[int, Any]]:
-        """Frames at `left`, or those shown before them, from one key frame earlier than `start`.
+        """Frames at `left`, or their neighbours, from one key frame earlier than `start`.
 
         Streams with key frames that are spread over several frames show nothing before the last of
         these is decoded, so the group before may contain what the packets promise.
         """
-        shown = None
-        for place, frame in self._run(
-            int(self._packets.starts[start - 1]) if start else 0, left, all_=True
-        ):
+        shown, before = None, int(self._packets.starts[start - 1]) if start else 0
+        for place, frame in self._run(before, left, all_=True):
             while left and left[0] < place:
-                left.pop(0)
-                if shown is not None:
-                    yield shown
+                yield self._in_place_of(left.pop(0), frame if shown is None else shown)
             if left and left[0] == place:
-                left.pop(0)
-                yield place, frame
-            shown = place, frame
-        if left and shown is not None:
-            yield shown
+                yield left.pop(0), frame
+            shown = frame
+        for place in left if shown is not None else ():
+            yield self._in_place_of(place, shown)
+
+    def _in_place_of(self, place: int, frame: Any) -> tuple[int, Any]:
+        """A frame that is shown at the place of a damaged one."""
+        self.replaced.add(place)
+        return place, frame
 
     @cached_property
     def _packets(self) -> Packets:

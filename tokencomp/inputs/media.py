@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from tokencomp.inputs.frames import Frames, Policy, frame_policy
 from tokencomp.inputs.images import UNREADABLE, Image, load_image
 from tokencomp.inputs.video import Sampling, Video
 
+NEARLY = 0.01
+"""Share of frames that headers may count too many without a word."""
 VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ts")
 ) | {".3gp", ".ogv"}
@@ -91,7 +94,7 @@ def load_media(
     Warns
     -----
     FrameChoiceWarning
-        The stream of the file says nothing, or frames are damaged.
+        The stream of the file says nothing, frames are damaged, or the file ends early.
     """
     policy = frame_policy(frames)
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
@@ -142,15 +145,26 @@ def _load_clip(clip: Clip, path: Path, policy: Policy, size: int | None, questio
         read = {place: scored[place] for place in choice.places}
     else:
         read = _pictures(clip, choice.places, size)
-    places = sorted(read)
-    if lost := sorted(set(choice.places) - set(places)):
+    places = sorted(set(choice.places))
+    if lost := sorted({*places} & ({*places} - read.keys() | clip.replaced)):
         _warn(
-            f"{path}: {len(lost)} of {len(choice.places)} chosen frames cannot be decoded, the "
-            f"first is number {lost[0]}. The frames shown before them take their places."
+            f"{path}: {len(lost)} of {len(places)} chosen frames cannot be decoded, the first is "
+            f"number {lost[0]}. The frames shown before them are repeated."
+        )
+    if index.lacking > NEARLY * index.total:
+        _warn(
+            f"{path}: the header counts {index.total + index.lacking} frames, and the file has "
+            f"{index.total}. It may have been cut off; frames come from the part that is there."
         )
     times = index.uneven_times(places)
     sampling = Sampling(tuple(places), index.total, index.fps, times, choice.rule)
-    return Video.of([read[place] for place in places], sampling)
+    return Video.of(_filled(read, places), sampling)
+
+
+def _filled(read: dict[int, Any], places: Sequence[int]) -> list[Any]:
+    """The pictures at `places`, ascending; where one is missing, that before it or the next."""
+    first = read[min(read)]
+    return list(itertools.accumulate(places, lambda last, p: read.get(p, last), initial=first))[1:]
 
 
 def _warn(text: str) -> None:

@@ -71,6 +71,8 @@ class ClipIndex:
         Name of the decoder, or "frames" for a folder of pictures.
     packets
         Sizes of the compressed frames; None if the file does not contain them.
+    lacking
+        Frames that the header counts and the file has not, as after a cut.
     """
 
     total: int
@@ -78,6 +80,7 @@ class ClipIndex:
     times: np.ndarray | None = None
     codec: str = "frames"
     packets: Packets | None = None
+    lacking: int = 0
 
     @property
     def duration(self) -> float | None:
