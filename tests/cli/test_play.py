@@ -37,7 +37,7 @@ def test_the_answer_without_compression_is_the_models_own(play: Playground) -> N
     full, own, rows, pictures = play.ask(sample(), None, QUESTION, "kcenter", 0.75, 0.0, "as usual")
     assert (full, own) == (plain, "square")
     layers = play.model.config.text_config.num_hidden_layers
-    assert rows[0] == ["visual tokens per layer", f"64×{layers}", f"16×{layers}"]
+    assert rows[0] == ["visual tokens", f"64 in {layers} layers", f"16 in {layers} layers"]
     original, seen = (picture for picture, _ in pictures)
     assert original.size and seen.size
     assert play.model.config.text_config._attn_implementation  # the model is left as it was
@@ -84,5 +84,5 @@ def test_a_picture_is_dropped_and_asked_about(page: Any) -> None:
     answers = [page.get_by_label(f"Answer {how} compression") for how in ("without", "with")]
     page.wait_for_function("a => a.value", arg=answers[1].element_handle(), timeout=180_000)
     assert [answer.input_value() for answer in answers] == ["square", "square"]
-    assert page.get_by_text("visual tokens per layer").count()
+    assert page.get_by_text("visual tokens", exact=True).count()
     page.get_by_text("on average over the layers").first.wait_for(timeout=60_000)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
+import shlex
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ from support.console import run
 
 import tokencomp
 from tokencomp import zoo
+from tokencomp.evaluation.environment import environment
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.pages.pictures import survival, tiles
 from tokencomp.zoo import SAMPLES
@@ -49,7 +55,7 @@ def test_inspect_shows_what_is_kept(folder, tmp_path, capsys):
         "inspect", "--model", folder, "--image", picture, "-q", "What color is the circle?",
         "-r", "uniform", "--ratio", "0.75", "-o", out, "--max-new-tokens", 2,
     )  # fmt: skip
-    assert code == 0 and "16×6" in capsys.readouterr().out
+    assert code == 0 and "16 in 6 layers" in capsys.readouterr().out
     sheet = np.asarray(Image.open(out).convert("L")).astype(int)
     kept = sheet[:, -224:].reshape(8, 28, 8, 28)[:, 4:-4, :, 4:-4].mean((1, 3)) > 128
     wanted = np.zeros(64, dtype=bool)
@@ -73,9 +79,40 @@ def test_inspect_counts_words(folder, tmp_path, capsys):
         "uniform,downscale", "--ratio", "0.75", "-o", tmp_path / "a.html", "--max-new-tokens", 1,
     )  # fmt: skip
     out = capsys.readouterr().out
-    assert code == 0 and "16×6 tokens per layer; 60.0% of 5 words" in out
+    assert code == 0 and "visual tokens: 16 in 6 layers; 60.0% of 5 words" in out
     assert out.count("of 5 words") == 1  # of the methods that drop tokens
     assert "60.0 % of the words" in (tmp_path / "a.html").read_text()
+
+
+def test_a_picture_is_no_clip(folder, tmp_path, capsys):
+    picture = tmp_path / "page.png"
+    Image.new("RGB", (224, 224), "white").save(picture)
+    assert run("inspect", "--model", folder, "--video", picture) == 2
+    assert f"--video {picture} is a picture. Give it as --image" in words_of(capsys)
+
+
+def words_of(capsys: pytest.CaptureFixture[str]) -> str:
+    return re.sub(r"[\s│]+", " ", capsys.readouterr().err).replace("/ ", "/")
+
+
+def test_kept_patches_of_a_screenshot_can_be_read(folder, tmp_path):
+    """Pictures of pages have the size of the image, up to 1,280 pixels, and grow by a click."""
+    picture, out = tmp_path / "screen.png", tmp_path / "screen.html"
+    Image.new("RGB", (1400, 700), "white").save(picture)
+    code = run(
+        "inspect", "--model", folder, "--image", picture, "-r", "uniform", "--ratio", "0.5",
+        "-o", out, "--max-new-tokens", 1,
+    )  # fmt: skip
+    page = out.read_text()
+    shown = re.findall(r'<label class="zoom".*?base64,([^"]+)"', page)
+    sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in shown]
+    assert code == 0 and len(sizes) >= 2 and {*sizes} == {(1280, 640)}
+
+
+def test_the_command_of_a_page_can_be_run_again(monkeypatch):
+    given = ["inspect", "--question", "What is open?", "--reducer", "condiv(power=2)"]
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/tokencomp", *given])
+    assert shlex.split(environment()["command"]) == ["tokencomp", *given]
 
 
 def test_inspect_shows_what_the_tower_never_saw(folder, tmp_path):

@@ -176,7 +176,9 @@ class Files:
         loaded = [load_media(path, frames, question=self.question) for path in self.image or ()]
         for path in self.video or ():
             media = load_media(path, frames, question=self.question)
-            loaded.append(media if isinstance(media, list) else Video([media]))
+            if not isinstance(media, Video):
+                raise OptionError(f"--video {path} is a picture. Give it as --image {path}.")
+            loaded.append(media)
         return loaded
 
 

@@ -68,7 +68,7 @@ def _table(full: Any, own: Any, times: dict[Setting, Split]) -> list[list[str]]:
     merged = kept >= 1 and own.cost.per_layer != full.cost.per_layer
     first, second = (times[answer.setting] for answer in (full, own))
     return [
-        ["visual tokens per layer", compact(full.cost.per_layer), compact(own.cost.per_layer)],
+        ["visual tokens", compact(full.cost.per_layer), compact(own.cost.per_layer)],
         ["work of the LLM", "100%", f"{own.cost.flops / full.cost.flops:.0%}"],
         ["KV cache", "100%", f"{kept:.0%}" + (", merged tokens repeated" if merged else "")],
         ["first token, seconds", f"{first.total:.3f}", f"{second.total:.3f}"],

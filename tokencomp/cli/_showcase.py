@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from PIL import Image
+
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.batches import Answerer, Loaded
 from tokencomp.evaluation.coverage import Box, words_kept
@@ -14,7 +16,7 @@ from tokencomp.evaluation.timing import Split
 from tokencomp.inputs.prompts import to_model
 from tokencomp.inputs.questions import Example
 from tokencomp.pages.demo import Answer
-from tokencomp.pages.pictures import kept_tiles, plain_tiles, strip, survival
+from tokencomp.pages.pictures import LARGE, SIDE, kept_tiles, plain_tiles, strip, survival
 
 
 def prompt(media: Sequence[Any], question: str) -> Loaded:
@@ -60,14 +62,22 @@ def _pictures(
     stats: Any, media: Sequence[Any], shrunk: Sequence[Any]
 ) -> tuple[list[Any], list[tuple[int, list[Any]]]]:
     """The fields `pictures` and `layers` of an answer."""
-    stages = []
+    stages, side = [], _side(media)
     if stats and media:
-        drawn = kept_tiles(media, stats)
+        drawn = kept_tiles(media, stats, side=side)
         for layer in stats.stage_layers:
-            stages.append((layer, [strip(t) for _, t in kept_tiles(media, stats, layer)]))
+            sheets = kept_tiles(media, stats, layer, side)
+            stages.append((layer, [strip(tiles) for _, tiles in sheets]))
     else:
-        drawn = [(m, plain_tiles(m)) for m in shrunk]
+        drawn = [(m, plain_tiles(m, side)) for m in shrunk]
     return [strip(t) for _, t in drawn], stages
+
+
+def _side(media: Sequence[Any]) -> int:
+    """Longer side of drawn pictures: that of the largest image, and small where there are clips."""
+    if not all(isinstance(one, Image.Image) for one in media):
+        return SIDE
+    return min(max([SIDE, *(max(one.size) for one in media)]), LARGE)
 
 
 def time_prefill(

@@ -57,7 +57,7 @@ def command(
     console = Console()
     for a in answers:
         name = f"{a.setting.name} {a.setting.shown_ratio}"
-        tokens = f"{compact(a.cost.per_layer)} tokens per layer"
+        tokens = f"visual tokens: {compact(a.cost.per_layer)}"
         if a.words is not None:
             tokens += f"; {a.words:.1%} of {len(words)} words"
         console.print(f"[bold]{name:<18}[/] [dim]{tokens}[/]\n  {escape(a.text)}")

@@ -42,7 +42,7 @@ class AnsweredQuestion:
 
     @property
     def wide(self) -> bool:
-        """Whether the pictures are wide: sheets of a video."""
+        """Whether the pictures are wide: sheets of a video, or screenshots."""
         return any(a.pictures[0].width > 300 for a in self.answers)
 
     def mark(self, answer: Answer) -> str:

@@ -36,12 +36,12 @@ def percent(value: float, digits: int = 1) -> str:
 
 
 def compact(per_layer: Sequence[int]) -> str:
-    """Tokens per layer, runs joined: [64, 64, 64, 32] → "64×3 32"."""
+    """Tokens per layer in words: [64, 64, 64, 32] → "64 in 3 layers, 32 in 1 layer"."""
     parts = []
     for value, group in itertools.groupby(per_layer):
         n = sum(1 for _ in group)
-        parts.append(f"{value}×{n}" if n > 1 else str(value))
-    return " ".join(parts)
+        parts.append(f"{value} in {n} layer{'s' * (n > 1)}")
+    return ", ".join(parts)
 
 
 def si(value: float, unit: str = "") -> str:

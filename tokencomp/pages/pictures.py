@@ -29,6 +29,8 @@ NEVER = -1.0
 """The share of patches that left in the vision tower, before any layer."""
 LINE = (70, 76, 96)
 SIDE = 224
+LARGE = 1280
+"""Longer side up to which pictures of pages keep their size, so that text on them can be read."""
 MAX_FRAMES = 8
 MAX_MEDIA = 4
 
@@ -113,10 +115,10 @@ def tiles(media: Any, shares: Sequence[np.ndarray], side: int = SIDE) -> list[Im
     return of_one_size(out)
 
 
-def plain_tiles(media: Any) -> list[Image.Image]:
+def plain_tiles(media: Any, side: int = SIDE) -> list[Image.Image]:
     """An image, or frames of a video, evenly spaced, without overlay."""
     frames = [media] if modality_of(media) == "image" else media
-    return [_fit(frames[k], SIDE) for k in _shown(frames)]
+    return [_fit(frames[k], side) for k in _shown(frames)]
 
 
 def of_one_size(pictures: Sequence[Image.Image]) -> list[Image.Image]:
