@@ -372,4 +372,4 @@ def test_pictures_of_images_and_videos_are_drawn_and_reported(loaded, examples, 
         (one.path / "records.jsonl").write_text("".join(lines))
     page = tmp_path / "r.html"
     assert run("report", tmp_path, "-o", page) == 0
-    assert page.read_text().count('<figure><label class="zoom">') == len(shown)
+    assert page.read_text().count('<figure><label class="zoom"') == len(shown)
