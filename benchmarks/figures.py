@@ -104,6 +104,7 @@ def _accuracy() -> list[Figure]:
         labels = [form.format(ratio) for ratio in RATIOS for form in forms]
         runs = [stored.manifest["runs"][stored.settings[k]["run"]] for k in labels]
         head = f"{page} by the tiny Qwen3-VL with {text}, {items} questions of {families} kinds"
+        head += " that it was trained on"
         values = [f"{share.value:.1%}" for share in shares if share]
         rows.append(Figure(f"the same with {text}" if rows else head, values, _oldest(runs)))
     return rows

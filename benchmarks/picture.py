@@ -2,16 +2,17 @@
 
     python -m benchmarks.picture    # → docs/overview.png
 
-Left: a sample image of the package, and the patches that the default reducer keeps for its question
-at a ratio of 0.75. Right: retention on the learned families, from the published results.
+Left: a sample image of the package, and the patches that the default method keeps of it at a ratio
+of 0.75, without reading a question; the others, which are merged into these, are pale. Right:
+retention on the learned families, from the published results.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -22,27 +23,31 @@ from tokencomp.cli import one_message
 from tokencomp.inputs.media import load_media
 from tokencomp.inputs.prompts import build_inputs, generate
 from tokencomp.method import DEFAULT_REDUCER
-from tokencomp.pages.pictures import overlay, survival
+from tokencomp.pages.pictures import survival
 from tokencomp.zoo import SAMPLES, load
 
 MODEL, RATIO = "tiny-qwen3-vl", 0.75
-QUESTION = "test-small_object-00002"
+PICTURE = "test-small_object-00002.jpg"
+INK = "#7d8590"
+"""Grey that can be read on a white and on a dark page."""
 FILE = Path(__file__).parents[1] / "docs" / "overview.png"
 COLORS = {"random": "#6b7280", "uniform": "#9ca3af", "downscale": "#d97706"}
 SIDE = 448
 
 
-def kept_patches() -> tuple[Image.Image, Image.Image, str, str]:
-    """The image, the image with removed patches dimmed, its question, the compressed answer."""
-    questions = json.loads((SAMPLES / "questions.json").read_text())
-    item = next(q for q in questions if q["id"] == QUESTION)
-    image = load_media(SAMPLES / item["media"])
+def kept_patches() -> tuple[Image.Image, Image.Image, int, int]:
+    """The image, the image with merged patches pale, and the tokens of both."""
+    image = load_media(SAMPLES / PICTURE)
     model, processor = load(MODEL)
-    inputs = build_inputs(processor, [[image]], [item["question"]])
+    inputs = build_inputs(processor, [[image]], ["Describe the picture."])
     with tokencomp.patch(model, RATIO) as handle:
-        answer = generate(model, processor, inputs, max_new_tokens=4)[0]
-        share = survival(handle.stats)[0]
-    return image.resize((SIDE, SIDE)), overlay(image, share[0], SIDE), item["question"], answer
+        generate(model, processor, inputs, max_new_tokens=1)
+        (share,), stats = survival(handle.stats), handle.stats
+    shown = image.resize((SIDE, SIDE))
+    pale = Image.blend(shown, Image.new("RGB", shown.size, "white"), 0.7)
+    kept = Image.fromarray(np.uint8(255 * share[0])).resize(shown.size, Image.Resampling.NEAREST)
+    tokens = stats.tokens_before[0], stats.tokens_after[0][-1]
+    return shown, Image.composite(shown, pale, kept), *tokens
 
 
 def curve(axes: Any, results: Results) -> None:
@@ -68,24 +73,28 @@ def curve(axes: Any, results: Results) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower left")
     count = len(results.select("both", results.learned))
-    axes.set_title(f"embedded {results.manifest['model']}, {count} questions", fontsize=10)
+    title = f"tiny model, {count} questions of kinds that it was trained on"
+    axes.set_title(title, fontsize=11)
 
 
 def main() -> None:
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     torch.manual_seed(0)
-    image, dimmed, question, answer = kept_patches()
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.7))
-    titles = (question, f"ratio {RATIO:g}, answer: {answer}")
-    for axes, picture, title in zip(panels, (image, dimmed), titles, strict=False):
-        axes.imshow(picture)
-        axes.set_title(title, fontsize=10)
-        axes.set_axis_off()
-    curve(panels[2], Results.read(RESULTS / MODEL, "test").averaged())
-    FILE.parent.mkdir(exist_ok=True)
-    figure.savefig(FILE, dpi=110, metadata={"Software": None})
+    image, merged, before, after = kept_patches()
+    colors = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    with rc_context({"font.size": 11, **dict.fromkeys(colors, INK)}):
+        figure = Figure(figsize=(10, 3.5), layout="constrained")
+        panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.8))
+        titles = (f"an image of {before} tokens", f"{after} tokens, the rest merged")
+        for axes, picture, title in zip(panels, (image, merged), titles, strict=False):
+            axes.imshow(picture)
+            axes.set_title(title, fontsize=11)
+            axes.set_axis_off()
+        curve(panels[2], Results.read(RESULTS / MODEL, "test").averaged())
+        FILE.parent.mkdir(exist_ok=True)
+        figure.savefig(FILE, dpi=120, transparent=True, metadata={"Software": None})
     print(FILE)
 
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import typer
 from support.console import run
+
+from tokencomp.cli._app import build_app
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -88,3 +94,29 @@ def test_mistakes_end_in_one_clean_message(args, message, capsys):
     err = capsys.readouterr().err
     assert re.search(message, err) and "Traceback" not in err
     assert err.startswith("error: ")
+
+
+def test_options_of_commands_on_pages_exist():
+    """`--table` was listed as an option of `eval`, and is one of `report`: a long run lost its end.
+
+    Of lines that call tokencomp, up to ` -- `; in the table of evaluation.md, options without a
+    command are those of `eval`.
+    """
+    group, lines = typer.main.get_command(build_app()), []
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        lines += re.findall(r"(?:^|[`$ ])tokencomp ((?!-)[a-z]+ [^`\n]*)", text, re.MULTILINE)
+    wanted = (
+        (ROOT / "docs" / "evaluation.md").read_text().split("| I want to |")[1].split("\n\n")[0]
+    )
+    lines += [f"eval {span}" for span in re.findall(r"`(--[^`]+)`", wanted)]
+    checked = 0
+    for line in lines:
+        name, *words = re.split(" -- | # ", line)[0].split()
+        command = group.commands.get(name)
+        flags = [re.split("[=,;.]", word)[0] for word in words if re.match("--[a-z]", word)]
+        known = {o for p in getattr(command, "params", ()) for o in (*p.opts, *p.secondary_opts)}
+        if command is not None and not hasattr(command, "commands"):
+            checked += len(flags)
+            assert [flag for flag in flags if flag not in known] == [], line
+    assert checked > 60

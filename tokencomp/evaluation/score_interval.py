@@ -28,7 +28,7 @@ def difference_interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """Interval of mean(a) - mean(b) for non-negative scores of shape (n,)."""
     scores, counts, top = _categories(a, b)
 
-    def residual(delta: np.ndarray) -> np.ndarray:
+    def residual(delta: float) -> np.ndarray:
         return scores[:, 0] - scores[:, 1] - delta
 
     value = float(a.mean() - b.mean())
@@ -39,7 +39,7 @@ def ratio_interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """Interval of mean(a) / mean(b) for non-negative scores of shape (n,), some of b above 0."""
     scores, counts, _ = _categories(a, b)
 
-    def residual(share: np.ndarray) -> np.ndarray:  # ρ = share / (1 - share), so that it is finite
+    def residual(share: float) -> np.ndarray:  # ρ = share / (1 - share), so that it is finite
         return (1 - share) * scores[:, 0] - share * scores[:, 1]
 
     value = float(a.mean() / (a.mean() + b.mean()))
