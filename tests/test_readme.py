@@ -118,3 +118,12 @@ def test_dated_figures_of_the_text_are_those_of_their_pages() -> None:
     assert said and said[3] == unseen["0.75"]["date"] == unseen["0.9"]["date"]
     wanted = [float(unseen[ratio]["kept_images"]) for ratio in ("0.75", "0.9")]
     assert [float(said[1]), float(said[2])] == pytest.approx([100 * v for v in wanted], abs=0.051)
+
+
+def test_the_table_of_results_is_that_of_the_page() -> None:
+    """Accuracy kept by the tiny Qwen3-VL, with the intervals, in docs/evaluation.md."""
+    table = (ROOT / "docs/evaluation.md").read_text().split("### Accuracy")[1].split("\n\n")[2]
+    for line in table.splitlines()[2:]:
+        method, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        label = method.removesuffix(" (trained)")
+        assert pages_row("benchmarks/accuracy/README.md", f"| {label}")[1:4] == cells, method
