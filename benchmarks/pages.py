@@ -21,6 +21,7 @@ from benchmarks.accuracy.studies import (
     baselines,
     ccam,
     choose,
+    intervals,
     long_video,
     margin,
     newer,
@@ -56,9 +57,10 @@ from tokencomp.cli import one_message
 EXPERIMENTS = [
     module.EXPERIMENT
     for module in (
-        pixels, retrieval, session, frames, clock, stream, calls, weights, chunked_prefill, prefill,
-        first_token, peers, photographs, candidates, clip_answers, clips, screens, answers,
-        receipts, agents, burst, clients, merging, positions, ratio_zero, serving, sounds,
+        intervals, pixels, retrieval, session, frames, clock, stream, calls, weights,
+        chunked_prefill, prefill, first_token, peers, photographs, candidates, clip_answers, clips,
+        screens, answers, receipts, agents, burst, clients, merging, positions, ratio_zero, serving,
+        sounds,
     )
 ]  # fmt: skip
 STUDIES = [module.STUDY for module in (adsc, ccam, selector, selector_features)]

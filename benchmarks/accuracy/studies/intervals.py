@@ -1,7 +1,6 @@
 """How often the 95 % intervals of tables hold the true value, by simulation.
 
-    python -m benchmarks.accuracy.studies.intervals            # intervals.json, .csv and .md
-    python -m benchmarks.accuracy.studies.intervals --report   # only the page and the CSV file
+    python -m benchmarks.accuracy.studies.intervals    # accuracy/intervals.json, .csv and .md
 
 Two methods answer the same questions, and the true shares of questions that both, only one or none
 of them gets right are known. The bootstrap, which earlier tables used, is drawn for comparison.
@@ -9,19 +8,17 @@ of them gets right are known. The bootstrap, which earlier tables used, is drawn
 
 from __future__ import annotations
 
+import argparse
 import functools
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from benchmarks import publishing
-from benchmarks.publishing import made_at
-from tokencomp.cli import one_message
+from benchmarks.experiment import Experiment
 from tokencomp.evaluation.metrics import difference, retention
 
-OUT = Path(__file__).parents[1] / "intervals.json"
 SEED, TABLES, DRAWS, FULL = 0, 4000, 2000, 0.9
 ITEMS = (36, 100)
 CHANGED = (0.02, 0.04, 0.06, 0.1, 0.2)
@@ -31,13 +28,12 @@ LOST = {"half": 0.5, "three quarters": 0.75, "all": 1.0}
 KINDS = {"difference": difference, "retention": retention}
 HEAD = f"""# Do the 95 % intervals hold the true value in 95 % of cases?
 
-`python -m benchmarks.accuracy.studies.intervals`. Per cent of {TABLES:,} simulated tables of
-answers in each row (known to about 0.7), seed {SEED}; the full model answers {FULL:.0%} of the
-questions. Tables and pages use *score intervals*: Tango (1998) for differences, Tang, Tang and
-Chan (2003) for retention, [one rule](../../tokencomp/evaluation/score_interval.py) for both.
-Where hardly an answer changes, 0 or 1 changed answers are all that there is to see, so no fixed
-rule is near 95 %: this one errs on the safe side. The bootstrap, which earlier pages used, has no
-width where no answer differs.
+Per cent of {TABLES:,} simulated tables of answers in each row (known to about 0.7), seed {SEED};
+the full model answers {FULL:.0%} of the questions. Tables and pages use *score intervals*: Tango
+(1998) for differences, Tang, Tang and Chan (2003) for retention, [one
+rule](../../tokencomp/evaluation/score_interval.py) for both. Where hardly an answer changes, 0 or 1
+changed answers are all that there is to see, so no fixed rule is near 95 %: this one errs on the
+safe side. The bootstrap, which earlier pages used, has no width where no answer differs.
 
 """
 Counts = tuple[int, ...]
@@ -128,8 +124,6 @@ def page(stored: dict[str, Any]) -> str:
             summary(stored["rows"]),
             "## Against the mean of three seeds\n",
             by_seeds(stored["seeds"]),
-            "",
-            made_at(stored),
         ]
     )
 
@@ -173,18 +167,12 @@ def by_seeds(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def main() -> None:
-    parser = publishing.parser(__doc__, OUT)
-    args = parser.parse_args()
-    if not args.report:
-        facts = publishing.published_from(args.out, args.allow_dirty)
-        facts["date"] = publishing.environment()["date"]
-        stored = {**facts, "rows": rows(), "seeds": seeds()}
-        publishing.write(args.out, stored)
-    publishing.rebuild(args.out, page)
-    print(args.out.with_suffix(".md"))
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All coverages; `args` has no option that they depend on."""
+    yield {"rows": rows(), "seeds": seeds()}
 
+
+EXPERIMENT = Experiment("accuracy/intervals", measure, page, rows=lambda stored: stored["rows"])
 
 if __name__ == "__main__":
-    with one_message():
-        main()
+    EXPERIMENT.main(__doc__)
