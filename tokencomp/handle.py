@@ -35,7 +35,7 @@ def handle_of(model: nn.Module) -> Handle | None:
     return handle
 
 
-def make_plan(spec: MethodSpec, adapter: Adapter, compact: bool = False) -> Plan:
+def make_plan(spec: MethodSpec, adapter: Adapter) -> Plan:
     """The stages of a spec in one decoder, with reducers that have loaded their weights."""
     if spec.reducer == "auto" and spec.plan is None:
         spec = replace(spec, reducer=_default(adapter), **spec.options_in_force)
@@ -48,7 +48,7 @@ def make_plan(spec: MethodSpec, adapter: Adapter, compact: bool = False) -> Plan
     check_plan(plan, adapter)
     check_signals(plan, adapter)
     if plan.may_merge:
-        plan = merging_where_possible(plan, adapter, compact)
+        plan = merging_where_possible(plan, adapter)
     if plan.tower is not None:
         plan = Plan(plan.stages, adapter.tower_layout().fit(plan.tower, adapter.family))
     return plan.bind(model_facts(adapter))
@@ -148,16 +148,6 @@ class Handle:
         finally:
             state.disabled -= 1
 
-    @contextlib.contextmanager
-    def dropping(self) -> Iterator[None]:
-        """Run new prompts inside the block, in this thread, without merging."""
-        state = self._hooks.calls.state  # of this thread
-        state.drops = True
-        try:
-            yield
-        finally:
-            state.drops = False
-
     def set(
         self,
         *,
@@ -184,7 +174,7 @@ class Handle:
         with self._lock:
             self._check_active()
             spec = self._spec.changed({**options, "merge": merge}, **given)
-            new_plan = make_plan(spec, self._hooks.adapter, self.compact)
+            new_plan = make_plan(spec, self._hooks.adapter)
             self._spec = spec
             try:
                 self._hooks.change(new_plan)

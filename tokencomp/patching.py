@@ -203,7 +203,7 @@ def apply(
                 "'original'."
             )
         compact = positions == "compact"
-        hooks = Hooks(adapter, make_plan(spec, adapter, compact), strict, compact)
+        hooks = Hooks(adapter, make_plan(spec, adapter), strict, compact)
         earlier, context = handle_of(adapter.model), None
         if earlier is not None:
             earlier.suspend()  # before its window is replaced, so that it can restore that window

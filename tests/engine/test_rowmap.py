@@ -1,7 +1,8 @@
-"""Row maps against plain lists of columns: stages, turns, crops, beams and repeated rows."""
+"""Row maps against plain lists of columns and weights: stages, turns, crops, beams, evictions."""
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -11,7 +12,6 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from tokencomp import Kept
 from tokencomp.engine.cache import compress_layer
 from tokencomp.engine.rowmap import RowMap
-from tokencomp.engine.weights import repeat_rows
 from tokencomp.tokens.tokens import VisualSpan
 
 CPU = torch.device("cpu")
@@ -22,6 +22,14 @@ def aligned(samples: list[list[int | None]]) -> list[list[int | None]]:
     """Samples of one length, padded on the left."""
     longest = max(map(len, samples))
     return [[PAD] * (longest - len(s)) + s for s in samples]
+
+
+def check_weights(rows: RowMap, sizes: list[list[int]]) -> None:
+    """Weights of every row, and their logarithms for these rows and one more."""
+    assert rows.all_weights(len(sizes), CPU).int().tolist() == sizes
+    logs = rows.log_weights(rows.rows + 1, torch.float32)
+    expected = [[math.log(n) for n in (*row, 1)] for row in sizes]
+    torch.testing.assert_close(logs[:, 0, 0], torch.tensor(expected))
 
 
 def check(rows: RowMap, expected: list[list[int | None]], length: int) -> None:
@@ -68,14 +76,17 @@ def turn(draw: random.Random) -> tuple[RowMap, list[list[int | None]], int, list
 def test_turns(seed: int) -> None:
     """Two prompts and later tokens; then beams, and a crop into what followed the media."""
     draw = random.Random(seed)
-    first, columns, length, _ = turn(draw)
+    first, columns, length, sizes = turn(draw)
     check(first, columns, length)
     begins = [next(c for c in row if c is not PAD) for row in columns]
     assert first.first_column().tolist() == begins
     cache = RowMap(0).append(first, 2, CPU)
     cache.starts = torch.tensor(begins)
-    second, more, width, _ = turn(draw)
+    check_weights(cache, sizes)
+    second, more, width, others = turn(draw)
     cache = cache.append(second, 2, CPU)
+    sizes = [a + b for a, b in zip(sizes, others, strict=True)]
+    check_weights(cache, sizes)
     columns = [
         a + [PAD if c is PAD else c + length for c in b] for a, b in zip(columns, more, strict=True)
     ]
@@ -86,50 +97,46 @@ def test_turns(seed: int) -> None:
     columns = [[*row, *range(length, length + later)] for row in columns]
     length += later
     check(cache, columns, length)
+    sizes = [[*row, *[1] * later] for row in sizes]
+    check_weights(cache, sizes)
     order = [1, 0, 1]
     cache = cache.select(lambda t: t[order])
     columns = [columns[i] for i in order]
+    sizes = [sizes[i] for i in order]
     check(cache, columns, length)
+    check_weights(cache, sizes)
     assert cache.starts is not None and cache.starts.tolist() == [begins[i] for i in order]
     dropped = draw.randint(1, later)
-    check(cache.cut(cache.rows - dropped), [row[:-dropped] for row in columns], length - dropped)
+    cache = cache.cut(cache.rows - dropped)
+    check(cache, [row[:-dropped] for row in columns], length - dropped)
+    check_weights(cache, [row[:-dropped] for row in sizes])
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_eviction(seed: int) -> None:
     draw = random.Random(seed)
-    cache = RowMap(20, 4, torch.tensor([[0, 1, 2, 5, 6, 9]]))
-    columns = [0, 1, 2, 5, 6, *range(9, 24)]
+    weights = torch.tensor([[1.0, 1.0, 3.0, 1.0, 3.0, 1.0]])
+    cache = RowMap(20, 4, torch.tensor([[0, 1, 2, 5, 6, 9]]), weights=weights)
+    columns, sizes = [0, 1, 2, 5, 6, *range(9, 24)], [1, 1, 3, 1, 3, *[1] * 15]
     check(cache, [columns], 24)
     rows = sorted(draw.sample(range(20), 9))
-    check(cache.keep_rows(torch.tensor(rows), 1), [[columns[i] for i in rows]], 24)
+    cache = cache.keep_rows(torch.tensor(rows), 1)
+    check(cache, [[columns[i] for i in rows]], 24)
+    check_weights(cache, [[sizes[i] for i in rows]])
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_window_holds_every_column_that_it_reaches(seed: int) -> None:
-    """The invariant of `CompressedSlidingLayer`, for ragged batches whose merged rows repeat."""
+    """The invariant of `CompressedSlidingLayer`, for ragged batches."""
     draw = random.Random(seed)
-    rows, columns, length, sizes = turn(draw)
+    rows, columns, length, _ = turn(draw)
     window = draw.choice([6, 9, 14])
     layer = DynamicSlidingWindowLayer(sliding_window=window)
     written = torch.arange(float(rows.rows))[None, None, :, None].expand(2, 1, -1, 1).clone()
     layer.update(written, written)
-    repeated, index = rows.repeated(CPU)
-    expected = aligned(
-        [
-            [c for c, n in zip(row, many, strict=True) if c is not PAD for _ in range(n)]
-            for row, many in zip(columns, sizes, strict=True)
-        ]
-    )
-    check(repeated, expected, length)
-    # The layer holds the last rows of the prompt alone; the window must not reach beyond them.
-    held_before = layer.keys.shape[-2]
-    repeat_rows(layer, index, 0)
-    compress_layer(layer, RowMap(0).append(repeated, 2, CPU), False)
-    held = layer.keys.shape[-2]
-    for row, keys in zip(expected, layer.keys[:, 0, :, 0].tolist(), strict=True):
-        reached = [c for c in row if c is not PAD and c > length - window]
-        in_layer = row[-held:]
-        assert all(in_layer.count(c) == row.count(c) for c in reached)
-        assert len(keys) == held
-    assert held >= min(held_before, window - 1)
+    compress_layer(layer, RowMap(0).append(rows, 2, CPU), False)
+    held, first = layer.get_mask_sizes(1)[0] - 1, layer.get_mask_sizes(1)[1]
+    assert (held, first) == (layer.keys.shape[-2], length - layer.keys.shape[-2])
+    for row, keys in zip(columns, layer.keys[:, 0, :, 0].tolist(), strict=True):
+        reached = [i for i, c in enumerate(row) if c is not PAD and c > length - window]
+        assert set(reached) <= {int(key) for key in keys}

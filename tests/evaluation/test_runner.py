@@ -38,8 +38,7 @@ def test_batches_answer_like_single_prompts(loaded, examples):
 def test_costs_are_those_of_the_shapes(loaded, examples):
     """64 tokens an image, 256 a video; FLOPs and bytes recomputed by hand.
 
-    In decoding, one token attends to what every layer kept of the prompt and to itself; of merged
-    tokens the cache holds a row for every token that one stands for.
+    In decoding, one token attends to what every layer kept of the prompt and to itself.
     """
     model, processor = loaded
     text = model.config.get_text_config()
@@ -54,14 +53,13 @@ def test_costs_are_those_of_the_shapes(loaded, examples):
             inputs = build_inputs(processor, [example.load(8)], [example.prompt])
             full = inputs["input_ids"].shape[1]
             n = full - visual + visual // 4
-            rows = full if setting == merging else n
             assert record["visual_tokens"] == visual and record["ratio"] == 0.75
             assert record["per_layer"] == [visual // 4] * layers
-            assert record["decode_flops"] == layers * (linear + 4 * d * (rows + 1))
+            assert record["decode_flops"] == layers * (linear + 4 * d * (n + 1))
+            assert record["kv_bytes"] == layers * n * 2 * d * 4
             if setting != merging:
                 pairs = sum(range(1, n + 1))
                 assert record["flops"] == layers * (n * linear + 4 * d * pairs)
-                assert record["kv_bytes"] == layers * n * 2 * d * 4
 
 
 def test_media_that_cannot_be_read_are_recorded_and_the_rest_goes_on(loaded, examples, tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import oracle
+from support import oracle, plans
 from support.caches import ENTRY, LAYERS, quantized_cache, static_cache
 from support.families import CORE, FAMILIES, Family, text
 from support.family.hybrid import HYBRID
@@ -173,11 +173,12 @@ def offloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_offloaded(family: Family, kind: str, offloaded: Any) -> None:
+@pytest.mark.parametrize("plan", [ENTRY, plans.make(plans.MERGED, 4)], ids=["entry", "merged"])
+def test_offloaded(family: Family, plan: Any, kind: str, offloaded: Any) -> None:
     model, inputs = family.build(), ragged(family)
     config = model.config.get_text_config(decoder=True)
     cache = DynamicCache(config=config) if kind == "dynamic" else static_cache(model, 192)
-    with tokencomp.patch(model, plan=ENTRY):
+    with tokencomp.patch(model, plan=plan):
         expected = oracle.generate(model, inputs)
         out = oracle.generate(model, inputs, past_key_values=offloaded(cache))
     assert oracle.close(out, expected)

@@ -19,20 +19,31 @@ ROWS = [
 ]
 
 
-def greedy(model: Any, x: torch.Tensor, steps: int) -> list[int]:
-    """Return the greedy tokens of a plain decoder on rows x (1, n, d) at positions 0, 1, 2, …"""
+def greedy(model: Any, x: torch.Tensor, steps: int, logs: torch.Tensor | None = None) -> list[int]:
+    """Return the greedy tokens of a plain decoder on rows x (1, n, d) at positions 0, 1, 2, …
+
+    With `logs` (n,), attention adds them to the logits of these rows.
+    """
     tokens: list[int] = []
     for _ in range(steps):
-        hidden = model.model.language_model(inputs_embeds=x).last_hidden_state
+        mask = None
+        if logs is not None:
+            n = x.shape[1]
+            seen = torch.ones(n, n, dtype=torch.bool).tril()
+            added = torch.nn.functional.pad(logs, (0, n - len(logs)))
+            mask = torch.where(seen, added, torch.finfo(x.dtype).min)[None, None]
+        decoder = model.model.language_model
+        hidden = decoder(inputs_embeds=x, attention_mask=mask).last_hidden_state
         token = model.lm_head(hidden[:, -1]).argmax(-1)
         tokens.append(int(token))
         x = torch.cat([x, model.get_input_embeddings()(token)[:, None]], dim=1)
     return tokens
 
 
-def generated(model: Any, rows: list[Any]) -> list[list[int]]:
+def generated(model: Any, rows: list[Any], **call: Any) -> list[list[int]]:
     inputs = OV.batch(rows)
-    return model.generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :].tolist()
+    ids = model.generate(**inputs, max_new_tokens=8, **call)
+    return ids[:, inputs["input_ids"].shape[1] :].tolist()
 
 
 @torch.no_grad()
@@ -52,6 +63,32 @@ def test_equals_a_plain_decoder_on_the_kept_rows(backend: str) -> None:
         assert generated(model, ROWS) != expected  # original positions
     with tokencomp.patch(model, 0.6, reducer="uniform", positions="compact"):
         assert generated(model, ROWS) == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_merged_rows_count_once_in_positions_and_by_weight_in_attention(
+    backend: str, static: bool
+) -> None:
+    """Alone and in a ragged batch."""
+    model, expected = OV.build(backend), []
+    setting = {"ratio": 0.7, "reducer": "kcenter", "merge": True, "positions": "compact"}
+    call = {"cache_implementation": "static"} if static else {}
+    for row in ROWS:
+        inputs = OV.batch([row])
+        x = oracle.decoder_inputs(model, OV, inputs)["inputs_embeds"]
+        with tokencomp.patch(model, **setting) as handle:
+            alone = generated(model, [row], **call)
+            keep = oracle.kept_columns(handle, inputs, OV.layers)[-1][0].bool()
+            merged = oracle.Merged(handle)
+        merged.sizes = torch.ones(keep[None].shape)
+        x, logs = merged(0, x)
+        expected += [greedy(model, x[:, keep], 8, logs[0, keep])]
+        assert alone == expected[-1:] and logs.max() > 1
+        assert alone != [greedy(model, x[:, keep], 8)]
+    with tokencomp.patch(model, **setting):
+        assert generated(model, ROWS, **call) == expected
 
 
 @torch.no_grad()

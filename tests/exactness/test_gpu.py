@@ -50,7 +50,7 @@ def logits(
     return torch.stack(out.logits).float().cpu()
 
 
-@pytest.mark.parametrize("plan", plans.NAMES)
+@pytest.mark.parametrize("plan", [*plans.NAMES, plans.MERGED])
 def test_gpu_equals_cpu(name: str, plan: str) -> None:
     family = FAMILIES[name]
     inputs, stages = ragged(family), plans.make(plan, family.layers)

@@ -19,11 +19,15 @@ STEPS = 8  # more than the rows that a cache keeps as they are
 
 
 class KeptRows:
-    """The decoder of an unpatched model on a cache, and the rows that calls have written to it."""
+    """The decoder of an unpatched model on a cache, and the rows that calls have written to it.
+
+    With `logs` (B, n), single tokens add them to the logits of the first n rows.
+    """
 
     def __init__(self, model: Any, family: Family, cache: Any) -> None:
         self.model, self.family, self.cache = model, family, cache
         self.mask: Tensor | None = None
+        self.logs: Tensor | None = None
 
     def turn(self, inputs: dict[str, Tensor], positions: Tensor, kept: Tensor) -> Tensor:
         """Last logits (B, V) of a prompt of which the columns `kept` (B, L) alone are given."""
@@ -55,6 +59,9 @@ class KeptRows:
     def _run(self, call: dict[str, Any], positions: Tensor, real: Tensor) -> Tensor:
         self.mask = real if self.mask is None else torch.cat([self.mask, real], 1)
         call |= {"attention_mask": self.mask.long(), "position_ids": positions}
+        if self.logs is not None:
+            more = self.mask.shape[1] - self.logs.shape[1]
+            call["attention_mask"] = torch.nn.functional.pad(self.logs, (0, more))[:, None, None]
         decoder = self.family.decoder(self.model)
         hidden = decoder(**call, past_key_values=self.cache, use_cache=True)[0]
         return self.model.get_output_embeddings()(hidden[:, -1])
@@ -117,18 +124,22 @@ def test_a_second_image(family: Family, backend: str, reducer: Any) -> None:
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("backend", ["fp8", "quanto", "rounded"])
 def test_merged_rows(family: Family, backend: str) -> None:
-    """They are rounded as those of a cache to which a row is written for every token."""
+    """They are rounded as those of a cache that got a row for every kept token, and weigh more."""
     model, inputs = family.build(), single(family)
     cache, length = quantized_cache(backend, model), inputs["input_ids"].shape[1]
-    with tokencomp.patch(model, 0.75, reducer="kcenter", merge=True), torch.no_grad():
+    with tokencomp.patch(model, 0.75, reducer="kcenter", merge=True) as handle, torch.no_grad():
         out = oracle.generate(model, inputs, STEPS, past_key_values=cache)
         exact = oracle.cache_of(model(**inputs, use_cache=True))
+        masks, merged = oracle.kept_columns(handle, inputs, family.layers), oracle.Merged(handle)
+    oracle.masked_logits(model, family, inputs, masks, merged=merged)
     assert cache.get_seq_length() == length + STEPS - 1
     rows = KeptRows(model, family, quantized_cache(backend, model))
     for rounded, layer in zip(rows.cache.layers, exact.layers, strict=True):
         rounded.update(layer.keys, layer.values)
     later = oracle.following(family.positions(model, inputs), STEPS)
-    rows.mask = torch.ones(1, length).bool()
+    rows.logs = merged.sizes[masks[0]].log().float()[None]
+    rows.mask = torch.ones(1, rows.logs.shape[1]).bool()
+    assert rows.logs.shape[1] < length and rows.logs.max() > 1
     for step, token in enumerate(out.sequences[:, length:-1].T):
         expected = rows.word(token, later[..., step : step + 1])
         assert oracle.difference(out.logits[step + 1], expected) < 1e-4

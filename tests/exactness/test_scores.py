@@ -63,12 +63,17 @@ class TwoTurns:
             self.whole = {**self.turn, **joined}
         self.positions = family.positions(model, self.whole)
 
-    def maps(self, masks: list[Tensor] | None = None) -> tuple[Tensor, ...]:
-        """Attention (B, H, L, L) of every layer over both turns, with hidden columns if given."""
+    def maps(self, masks: list[Tensor] | None = None, merged: Any = None) -> tuple[Tensor, ...]:
+        """Attention (B, H, L, L) of every layer over both turns, with hidden columns if given.
+
+        `merged` merges them into others first, see `oracle.Merged`.
+        """
         given = {**self.whole, "position_ids": self.positions, "use_cache": False}
         real = self.whole["attention_mask"].bool()
         masks = masks or [real] * len(self.family.decoder(self.model).layers)
-        with torch.no_grad(), oracle.layer_masks(self.model, self.family, masks):
+        if merged is not None:
+            merged.sizes = torch.ones(real.shape)
+        with torch.no_grad(), oracle.layer_masks(self.model, self.family, masks, merged):
             return self.model(**given, output_attentions=True).attentions
 
     def run(self, plan: Plan) -> Any:
@@ -205,6 +210,51 @@ def test_scores_between_layers(name: str, side: Any, past: int) -> None:
     maps = turns.maps([real, real, gone, gone])[2 if side == "previous" else 3]
     left = [stats.kept(b)[0] for b in range(2)]
     check(spies[1].seen, turns.expected(stats, maps, spies[1].signal, left))
+
+
+class AfterMerging(TwoTurns):
+    """Two prompts of one sample. Tokens of the first one are merged."""
+
+    def __init__(self, family: Family, model: nn.Module) -> None:
+        self.family, self.model = family, model
+        torch.manual_seed(3)
+        first = [text(3), family.image(0), text(5, 2)]
+        turn = [text(3, 5), family.image(1), text(4, 3), family.image(0), text(7, 3)]
+        self.first, self.turn = family.batch([first]), family.batch([turn])
+        self.whole, self.past = family.batch([[*first, *turn]]), self.first["input_ids"].shape[1]
+        self.positions = family.positions(model, self.whole)
+
+    def run(self, plan: Plan) -> tuple[Any, list[Tensor], oracle.Merged]:
+        """Statistics of the second turn, columns that stay of the first, and what it merges."""
+        start, rest = self.positions[..., : self.past], self.positions[..., self.past :]
+        setting = {"ratio": 0.7, "reducer": "kcenter", "merge": True}
+        with tokencomp.patch(self.model, **setting) as handle, torch.no_grad():
+            out = self.model(**self.first, position_ids=start, use_cache=True)
+            merged = oracle.Merged(handle)
+            kept = oracle.kept_columns(handle, self.first, self.family.layers)
+            handle.set(plan=plan)
+            call = {**self.turn, "attention_mask": self.whole["attention_mask"]}
+            self.model(**call, position_ids=rest, past_key_values=oracle.cache_of(out))
+            return handle.stats, kept, merged
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("rows", ["text", "last", "raters", "all"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
+def test_merged_rows_of_earlier_turns_count_by_weight(name: str, rows: Any, layer: int) -> None:
+    """As in attention: all that they represent takes its share."""
+    family = FAMILIES[name]
+    turns, spy = AfterMerging(family, family.build("eager")), Spy(Attention(rows))
+    stats, kept, merged = turns.run(Plan((Stage(layer, 0.5, spy),)))
+    ones = torch.ones_like(turns.turn["input_ids"]).bool()
+    masks = [torch.cat([mask, ones], 1) for mask in kept]
+    scorer = max(layer - 1, 0)
+    expected, plain = (
+        turns.expected(stats, turns.maps(masks, merges)[scorer], spy.signal)
+        for merges in (merged, None)
+    )
+    check(spy.seen, expected)
+    assert max(oracle.difference(*pair) for pair in zip(expected, plain, strict=True)) > 1e-4
 
 
 LATENT = dict(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import plans, staircase, tower
+from support import oracle, plans, staircase, tower
 from support.families import FAMILIES, IMAGE, VIDEO, Family, text
 from support.family.hybrid import HYBRID
 from support.screens import THRESHOLD, Screen, TiledScreen
@@ -79,27 +79,24 @@ def test_parts_equal_one_prompt(name: str, ratio: float | None) -> None:
     assert conversation.rows < conversation.tokens or not ratio
 
 
+@pytest.mark.parametrize("merge", ["auto", True])
 @pytest.mark.parametrize("name", ["qwen3_vl", "llava_onevision"])
-def test_a_budget_drops_what_the_default_would_merge(name: str) -> None:
-    """A merged token fills as many rows as it stands for, so that none would be free."""
+def test_merged_parts_equal_one_prompt(name: str, merge: Any) -> None:
+    """A merged token takes one row, as a kept one of which the rest is dropped."""
     family = FAMILIES[name]
     model, parts = family.build(), parts_of(family)
 
-    def talk(budget: int | None, merge: Any) -> tuple[Tensor, int]:
+    def talk(merge: Any) -> tuple[Tensor, int]:
         tokencomp.patch(model, 0.5, reducer="kcenter", merge=merge)
-        conversation = Conversation(model, budget, "oldest")
+        conversation = Conversation(model, 1000, "oldest")
         for row in parts:
             logits = conversation.add(part(family, row))
-            assert budget is None or len(conversation._held or ()) == conversation.rows
+            assert len(conversation._held or ()) == conversation.rows
         return logits, conversation.rows
 
-    (dropped, few), (default, rows) = talk(1000, False), talk(1000, "auto")
-    assert rows == few and torch.equal(default, dropped)
-    merged, many = talk(None, "auto")
-    assert many > few and difference(merged, dropped) > 1e-4
+    (dropped, few), (merged, rows) = talk(False), talk(merge)
+    assert rows == few and difference(merged, dropped) > 1e-4
     assert difference(merged, one_prompt(model, family, parts)) < 1e-5
-    with pytest.raises(OptionError, match="merge=True in a session with a budget"):
-        talk(1000, True)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,20 +116,27 @@ def test_a_reducer_sees_the_chunk_before(name: str) -> None:
     assert difference(logits, one_prompt(model, family, parts)) > 1e-4
 
 
-@pytest.mark.parametrize("setting", [None, 0.0, 0.5, "both"])
+@pytest.mark.parametrize("setting", [None, 0.0, 0.5, "both", plans.MERGED])
 @pytest.mark.parametrize("name", EVICTED)
 def test_eviction_equals_a_staircase_mask(name: str, setting: Any) -> None:
-    """Two evictions; the second takes rows of every age, and layers may hold different ones."""
+    """Two evictions; the second takes rows of every age, and layers may hold different ones.
+
+    With a merged row goes all that it represents.
+    """
     family = FAMILIES[name]
     model, parts, log = family.build(), parts_of(family), staircase.Log()
+    merged = oracle.MergedTurns() if setting == "merged" else None
     if setting is not None:
-        both = {"plan": plans.make("both", 4)}
+        plan = plans.make(setting, 4) if isinstance(setting, str) else None
         kcenter = {"ratio": setting, "reducer": "kcenter"}
-        handle = tokencomp.patch(model, **(both if setting == "both" else kcenter))
+        handle = tokencomp.patch(model, **({"plan": plan} if plan else kcenter))
     conversation = Conversation(model, None, "oldest")
     for i, row in enumerate(parts):
+        before = conversation.tokens
         logits = conversation.add(part(family, row))
         log.added(conversation.cache, conversation.tokens)
+        if merged is not None and i in (1, 3, 4):
+            merged.add(handle, before)
         if i in (1, 3):
             held = held_columns(conversation.cache.layers[0])[0]
             gone = held[5:11] if i == 1 else held[6::3]
@@ -141,9 +145,11 @@ def test_eviction_equals_a_staircase_mask(name: str, setting: Any) -> None:
     if setting is not None:
         handle.remove()
     inputs = whole(family, parts)
-    assert difference(logits, staircase.logits(model, family, inputs, log)) < 1e-5
+    assert difference(logits, staircase.logits(model, family, inputs, log, merged)) < 1e-5
     plain = log.without_evictions()
-    assert difference(logits, staircase.logits(model, family, inputs, plain)) > 1e-3
+    assert difference(logits, staircase.logits(model, family, inputs, plain, merged)) > 1e-3
+    if merged is not None:
+        assert difference(logits, staircase.logits(model, family, inputs, log)) > 1e-3
 
 
 @pytest.mark.parametrize("policy", [pytest.param("oldest", marks=pytest.mark.long), "redundant"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -103,6 +104,36 @@ class Merged:
             weights = self.sizes[b, members]
             x[b, column] = (weights[:, None] * before[members]).sum(0) / weights.sum()
             self.sizes[b, column] = weights.sum()
+
+
+class MergedTurns:
+    """`Merged` of several turns of one conversation."""
+
+    def __init__(self) -> None:
+        self.parts: list[Merged] = []
+
+    def add(self, handle: Any, start: int, modalities: frozenset[str] | None = None) -> None:
+        """The turn that `handle` has counted last, whose first column is `start`."""
+        part = Merged(handle, modalities)
+        part.spans = [
+            [dataclasses.replace(span, start=span.start + start) for span in row]
+            for row in part.spans
+        ]
+        self.parts.append(part)
+
+    @property
+    def sizes(self) -> Tensor:
+        return torch.stack([part.sizes for part in self.parts]).prod(0)
+
+    @sizes.setter
+    def sizes(self, ones: Tensor) -> None:
+        for part in self.parts:
+            part.sizes = ones.clone()
+
+    def __call__(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        for part in self.parts:
+            x, _ = part(layer, x)
+        return x, self.sizes.log()
 
 
 @contextlib.contextmanager

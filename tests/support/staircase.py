@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -51,13 +52,28 @@ class Log:
         return plain
 
 
-def logits(model: nn.Module, family: Family, inputs: dict[str, Tensor], log: Log) -> Tensor:
-    """Logits (1, V) behind the last token of an unpatched run under the staircase."""
+def logits(
+    model: nn.Module, family: Family, inputs: dict[str, Tensor], log: Log, merged: Any = None
+) -> Tensor:
+    """Logits (1, V) behind the last token of an unpatched run under the staircase.
+
+    `merged` (`oracle.Merged`) merges hidden columns into others first, in float64.
+    """
     n, hooks = inputs["input_ids"].shape[1], []
+    if merged is not None:
+        model = copy.deepcopy(model).double()
+        inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+        merged.sizes = torch.ones(1, n, dtype=torch.float64)
     for i, layer in enumerate(family.decoder(model).layers):
 
         def hook(module: nn.Module, args: Any, kwargs: Any, i: int = i) -> Any:
-            return args, {**kwargs, "attention_mask": log.mask(i, n)[None, None]}
+            seen = log.mask(i, n)[None, None]
+            if merged is not None:
+                x = args[0] if args else kwargs.pop("hidden_states")
+                x, added = merged(i, x)
+                seen = torch.where(seen, added[:, None, None], torch.finfo(torch.float32).min)
+                args = (x, *args[1:])
+            return args, {**kwargs, "attention_mask": seen}
 
         hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     try:

@@ -65,12 +65,11 @@ class Playground:
 def _table(full: Any, own: Any, times: dict[Setting, Split]) -> list[list[str]]:
     """One row per cost: its name, without, and with compression."""
     kept = own.cost.kv_bytes / full.cost.kv_bytes
-    merged = kept >= 1 and own.cost.per_layer != full.cost.per_layer
     first, second = (times[answer.setting] for answer in (full, own))
     return [
         ["visual tokens", compact(full.cost.per_layer), compact(own.cost.per_layer)],
         ["work of the LLM", "100%", f"{own.cost.flops / full.cost.flops:.0%}"],
-        ["KV cache", "100%", f"{kept:.0%}" + (", merged tokens repeated" if merged else "")],
+        ["KV cache", "100%", f"{kept:.0%}"],
         ["first token, seconds", f"{first.total:.3f}", f"{second.total:.3f}"],
     ]
 

@@ -66,13 +66,22 @@ through the seven passes again, with the map of the cache as `past`.) `LaterToke
                       decoder's would be wrong (a token was dropped, so that a window of rows
                       reaches too far; or the body has made masks of uncompressed columns),
                       `decoder_mask` makes one per layer type instead, as below.
-    other segments    `Masks.attention_mask`, once for each layer type of the segment, when its
-                      first layer is entered: the hook of the layer (`layers.py`) gets it by
-                      `LayerType.mask`, and passes it instead of the decoder's.
+    other segments    `Masks.of`, once for each layer type of the segment, when its first layer is
+                      entered: it asks `LayerType.mask`, and the hook of the layer (`layers.py`)
+                      passes the mask instead of the decoder's.
 
 In a mask that we make, windows are measured in columns (with `positions="compact"` in rows):
 `Masks._window` looks up the column of every row, and `LayerType.visible` (`layer_types.py`)
 compares those of query and key.
+
+If the stage merges (sample 0: columns 2 and 3 into column 1), attention counts a row as the tokens
+that it represents, in the first call and in all later ones (`weights.py`):
+
+    columns of the rows held, sample 0      ·  0 1 4 5
+    `RowMap.weights`                        1  1 3 1 1
+
+In the second call, masks are then numbers: log(weight) of every visible key (`Masks.of`). Where
+attention takes no numbers, its heads are wider, as in the first call.
 
 Last, `note_turn` (`gather.py`) stores which rows, of both turns, are real in the cache layers.
 """

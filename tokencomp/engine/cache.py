@@ -201,6 +201,38 @@ class CompressedLayer(CacheLayerMixin):
         super().batch_select_indices(indices)  # type: ignore[misc]  # the other base has it
         self.row_map = self.row_map.select(lambda t: t[indices])
 
+    def _rows_after_crop(self, length: int) -> int:
+        """Number of rows that `crop(length)` leaves.
+
+        Raises
+        ------
+        UnsupportedCacheError
+            Among the removed rows are media with dropped tokens, or merged tokens.
+        """
+        rows = self.rows + length if length <= 0 else length - self.row_map.dropped
+        rows = min(max(rows, 0), self.rows)
+        if self._cuts_media(rows):
+            raise UnsupportedCacheError(
+                f"crop({length}) reaches into media with dropped or merged tokens. Crop only text "
+                "after the last image or video, or start the conversation again."
+            )
+        return rows
+
+    def _cuts_media(self, rows: int) -> bool:
+        """Whether tokens after the first `rows` rows were dropped or merged."""
+        columns, weights = self.row_map.columns, self.row_map.weights
+        if columns is None or rows >= columns.shape[1]:
+            return False
+        if weights is not None and bool((weights[:, rows:] > 1).any()):
+            return True
+        first, real = max(rows - 1, 0), self.current_map.mask()
+        wrong = columns[:, first:].diff(dim=1) != 1
+        if rows > 0:  # tokens that were dropped before the first row that leaves remain dropped
+            wrong[:, :1] = False
+        if real is not None:
+            wrong &= real[:, first : first + wrong.shape[1]].to(wrong.device)
+        return bool(wrong.any())
+
     def reset(self) -> None:
         """Delete all rows and restore the class of the layer."""
         super().reset()
@@ -225,31 +257,11 @@ class CompressedDynamicLayer(CompressedLayer, DynamicLayer):
         UnsupportedCacheError
             Among the removed rows are media with dropped tokens, or merged tokens.
         """
-        rows = self.rows + length if length <= 0 else length - self.row_map.dropped
-        rows = min(max(rows, 0), self.rows)
-        if self._cuts_media(rows):
-            raise UnsupportedCacheError(
-                f"crop({length}) reaches into media with dropped or merged tokens. Crop only text "
-                "after the last image or video, or start the conversation again."
-            )
+        rows = self._rows_after_crop(length)
         if isinstance(self, STATES):
             STATES.crop(self, length)
         self._cut(rows)
         self.row_map = self.row_map.cut(rows)
-
-    def _cuts_media(self, rows: int) -> bool:
-        """Whether tokens after the first `rows` rows were dropped or merged."""
-        columns = self.row_map.columns
-        if columns is None or rows >= columns.shape[1]:
-            return False
-        first, real = max(rows - 1, 0), self.current_map.mask()
-        steps = columns[:, first:].diff(dim=1)
-        wrong = steps != 1
-        if rows > 0:  # several rows of a merged token share one column, and a cut may split them
-            wrong[:, :1] = steps[:, :1] == 0
-        if real is not None:
-            wrong &= real[:, first : first + wrong.shape[1]].to(wrong.device)
-        return bool(wrong.any())
 
     def _cut(self, rows: int) -> None:
         self.keys, self.values = self.keys[..., :rows, :], self.values[..., :rows, :]
@@ -273,22 +285,9 @@ class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
 
         every column within a window of the next token is in a row that the layer still holds.
 
-    Dropping preserves it: the last W - 1 rows have W - 1 different columns, so they reach back at
-    least as far. The row of a merged token is stored several times with one column, so the last
-    W - 1 rows can miss a column. A window of 4: the token at column 6 sees columns 3 to 6,
-
-        columns of the rows that were written   0  1  3  4  4  4  5
-        the last 3 rows                                     4  4  5     column 3 is missing
-        the last 5, widened by 2 repetitions          3  4  4  4  5
-
-    So `repeat_rows` raises `sliding_window`, which then counts stored rows, by the largest number
-    of repetitions of any sample (`widened`). The mask hides rows beyond the window. Guarded by
+    Dropping and merging preserve it: the last W - 1 rows have W - 1 different columns, so they
+    reach back at least as far. The mask hides rows beyond the window. Guarded by
     `tests/engine/test_rowmap.py` and `tests/exactness/test_windows.py`.
-
-    Attributes
-    ----------
-    widened : int
-        By how much `sliding_window` was raised; not set: by nothing.
     """
 
     plain = DynamicSlidingWindowLayer
@@ -298,10 +297,6 @@ class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
         self.check_patch()
         held = min(self.rows, int(self.sliding_window) - 1)
         return held + query, self.rows - held + self.row_map.dropped
-
-    def _forget(self) -> None:
-        self.sliding_window -= vars(self).pop("widened", 0)
-        super()._forget()
 
     def _cut(self, rows: int) -> None:
         removed, limit = self.rows - rows, self.sliding_window - 1
@@ -315,12 +310,6 @@ class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
         kept = slice(max(held - removed - limit, 0), held - removed)
         self.keys, self.values = self.keys[..., kept, :], self.values[..., kept, :]
         self.cumulative_length = rows
-
-
-def widen_window(layer: Any, repetitions: int) -> None:
-    """Raise the window of a sliding layer, see `CompressedSlidingLayer`."""
-    layer.sliding_window += repetitions
-    layer.widened = getattr(layer, "widened", 0) + repetitions
 
 
 class CompressedIndexedLayer(CompressedDynamicLayer, INDEXED):  # type: ignore[misc]  # older releases lack it
@@ -413,6 +402,10 @@ class CompressedStaticLayer(CompressedLayer, StaticLayer):
     def note(self, row_map: RowMap) -> None:
         self.row_map, self.offset = row_map, torch.tensor(row_map.dropped, device=self.device)
         self.note_padding(row_map.real)
+        weights = row_map.weights
+        if weights is not None:  # rows that are written later weigh one
+            more = self.max_cache_len - weights.shape[1]
+            row_map.weights = nn.functional.pad(weights, (0, more), value=1.0)
 
     def note_padding(self, real: Tensor | None) -> None:
         """Store the mask of all rows, padded to the static length, so that shapes stay constant."""
@@ -451,8 +444,10 @@ class CompressedStaticLayer(CompressedLayer, StaticLayer):
     get_max_cache_shape = get_max_length  # its name before transformers 5.13
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Remove rows, see `CompressedDynamicLayer.crop`."""
+        rows = self._rows_after_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
-        self.note(self.row_map.cut(self.rows))
+        self.note(self.row_map.cut(rows))
 
     def reset(self) -> None:
         """Zero all rows in place and restore the class of the layer."""

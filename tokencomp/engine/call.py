@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache import CompressedLayer, first_layer, memory_of, physical_length
-from tokencomp.engine.layer_types import LayerTypes
+from tokencomp.engine.layer_types import LayerType, LayerTypes
 from tokencomp.engine.memory import Entered, Memory
-from tokencomp.engine.rowmap import RowMap, joined_columns, joined_mask
+from tokencomp.engine.rowmap import RowMap, joined_columns, joined_mask, joined_weights
 from tokencomp.errors import copy_error
 from tokencomp.plan.counts import BudgetShare, packed_shares
 from tokencomp.plan.plan import Plan, Stage
@@ -54,6 +54,9 @@ class Segment:
         `position_ids` of the layers, and lengths of packed prompts (`cu_seq_lens_*`).
     cached
         At the start of the call: the first cache layer from `first` on that holds rows, or None.
+    merges
+        Whether attention counts a new row as often as `new.weights` says. Reducers that merge by
+        themselves count tokens there too, for later stages alone.
     ready
         Whether layer `first` has been entered.
     """
@@ -69,6 +72,7 @@ class Segment:
     text_positions: Tensor | None = None
     lengths: dict[str, Any] = field(default_factory=dict)
     cached: Any = None
+    merges: bool = False
     ready: bool = False
 
     def columns(self, batch: int, device: torch.device) -> Tensor | None:
@@ -88,16 +92,21 @@ class Segment:
         """Whether a column may be missing among the last `rows` rows of any query."""
         return self.new.columns is not None or self.past.gap_within(rows)
 
-    def weights(self) -> Tensor:
-        """Number of tokens that every key represents, (B, rows), if tokens of this call are merged.
+    @property
+    def counted(self) -> RowMap:
+        """`new`, with weights only if attention counts them."""
+        return self.new if self.merges else replace(self.new, weights=None)
 
-        Rows in the cache come first. Merged rows are repeated there, so each of them counts 1.
+    @property
+    def weighted(self) -> bool:
+        """Whether attention counts a row, cached or new, as several tokens."""
+        return self.past.weights is not None or (self.merges and self.new.weights is not None)
+
+    def weights(self, batch: int, device: torch.device) -> Tensor | None:
+        """Number of tokens as which attention counts every row, cached or new, (B, rows); None: one
+        each.
         """
-        new = self.new.weights
-        assert new is not None
-        if not self.past.rows:
-            return new
-        return torch.cat([new.new_ones(new.shape[0], self.past.rows), new], dim=1)
+        return joined_weights(self.past, self.counted, batch, device)
 
     def contiguous_positions(self, mask: Tensor | None, x: Tensor) -> Tensor:
         """Positions (B, n) that count real rows; x is (B, n, d)."""
@@ -266,6 +275,9 @@ class Call:
     rotary
         From `decoder.py`: original positions (B, n) of the rows that the decoder runs on, if it has
         one position per token.
+    numbers
+        From `later.py`: dtype of masks that add log(weight) to the attention logits; None: masks
+        only hide rows.
     chunk, earlier
         From `decoder.py`: chunk size of a chunked prefill (None: one pass), and hidden states of
         the chunks that have run.
@@ -307,6 +319,7 @@ class Call:
     tail: int = 0
     tower: TowerRecord = field(default_factory=TowerRecord)
     rotary: Tensor | None = None
+    numbers: torch.dtype | None = None
     chunk: int | None = None
     earlier: list[Tensor] = field(default_factory=list)
     weighing: Any = None
@@ -328,6 +341,8 @@ class Call:
         if self.spans:
             self.memory = memory_of(self.cache)
             self._count()
+        for segment in self.segments:
+            segment.merges = self.merges
 
     def _count(self) -> None:
         """The pass `plan`: convert fractions of the stages to counts for every span."""
@@ -353,6 +368,32 @@ class Call:
         )
         if self.map.columns is None:  # otherwise the caller's last columns may be padding
             self.tail = min((self.width - row[-1].stop for row in self.spans if row), default=0)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether attention counts a row of some layer, cached or new, as several tokens."""
+        return any(segment.weighted for segment in self.segments)
+
+    def key_weights(
+        self, segment: Segment, layer_type: LayerType, keys: int, batch: int, device: torch.device
+    ) -> Tensor:
+        """Weights of the `keys` that attention of a layer gets, float32 (B, keys).
+
+            rows of a segment, cached and new                       0  1  2  3  4  5
+            keys of a layer with a window: the last                       2  3  4  5
+            of a chunk of a prompt, whose last rows have not run    0  1  2  3
+            of a static cache, with memory for later rows           0  1  2  3  4  5  ·  ·
+
+        Layers that cut later turns lose rows between the prompt and the last ones. These weigh one,
+        as do rows that are not written yet.
+        """
+        weights = segment.weights(batch, device)
+        if weights is None:
+            return torch.ones(batch, keys, device=device)
+        gone = weights.shape[1] - keys
+        if gone > 0 and self.chunk is None and layer_type.name in self.layer_types.sizes:
+            return weights[:, gone:]
+        return nn.functional.pad(weights, (0, -gone), value=1.0)
 
     def note_entering(self) -> None:
         """Count the tokens that the tower has kept; no stage keeps more of a span."""
@@ -430,18 +471,16 @@ class ThreadState:
     recomputed
         The call whose checkpointed layer is recomputed in a backward pass.
     weighs
-        Whether attention is widened for a prompt of this thread.
+        Whether attention is widened for a call of this thread.
     disabled
         Depth of nested `Handle.disabled()` blocks.
-    drops
-        Set by a session with a budget: merging is off.
     """
 
     def __init__(self) -> None:
         self.noted = Noted()
         self.call: Call | None = None
         self.recomputed: Call | None = None
-        self.weighs, self.disabled, self.drops = False, 0, False
+        self.weighs, self.disabled = False, 0
 
 
 class RunningCalls(threading.local):

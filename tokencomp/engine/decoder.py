@@ -86,7 +86,7 @@ class DecoderHooks(CallHooks):
         self._owner, self._featureless = owner, featureless
         self._ratios = RatioCheck()
         self.weights = RowWeights(adapter, calls)
-        self._later = LaterTokens(adapter, calls, owner.compact)
+        self._later = LaterTokens(adapter, calls, owner.compact, self.weights)
         self._layers = LayerHooks(adapter, calls)
         self.tower = TowerHooks(adapter, calls)
 
@@ -179,7 +179,7 @@ class DecoderHooks(CallHooks):
         self, module: nn.Module, arguments: dict[str, Any], cache: Any, state: ThreadState
     ) -> Any:
         """Arguments of a prefill with visual tokens, after the entry stage."""
-        noted, plan = state.noted, self.plan.dropping if state.drops else self.plan
+        noted, plan = state.noted, self.plan
         if noted.grad:
             refuse_recomputation(self.adapter.body, "the places of its media")
         noted.grad = torch.is_grad_enabled()
@@ -202,7 +202,7 @@ class DecoderHooks(CallHooks):
         if self._layers.hooked not in ([], list(self.adapter.layers)):
             self._layers.follow_wrappers()
         state.call = call
-        if call.merges:
+        if call.weighted or call.merges:
             call.weighing = self.weights.begin()
         if self.tower.drop is not None or self.tower.probe is not None:
             call.tower = self.tower.collect(call, noted.inputs or {})
@@ -279,15 +279,15 @@ class DecoderHooks(CallHooks):
         cache = compat.get_cache(kwargs, out)
         if getattr(out, "attentions", None) is not None:
             out.attentions = restore_maps(out.attentions, call, getattr(cache, "layers", ()))
+        if call.weighing is not None:
+            self.weights.check(call)
         if not call.spans:  # later tokens
             note_turn(call, cache)
             return out
-        if call.weighing is not None:
-            self.weights.check(call)
-        layer, repeated = note_prompt(call, cache, self._owner)
+        layer = note_prompt(call, cache, self._owner)
         if call.earlier:
             out = whole_output(out, call.earlier)
-        self.stats = stats = Stats.of_call(call, layer, repeated)
+        self.stats = stats = Stats.of_call(call, layer)
         self._ratios.look(stats, call.plan)
         text_only = 0 < state.noted.logits <= call.tail
         if text_only and "logits_to_keep" in kwargs:

@@ -23,7 +23,6 @@ from tokencomp.engine.cache import CacheOwner, CompressedLayer, compress_layer, 
 from tokencomp.engine.call import Call, Segment
 from tokencomp.engine.checks import check_cache
 from tokencomp.engine.rowmap import RowMap
-from tokencomp.engine.weights import repeat_rows
 from tokencomp.torchlib.compat import CACHE_NAMES
 
 # Arguments that `set_arguments` computes instead.
@@ -185,54 +184,35 @@ def take(
 # -- after the layers: the cache ----------------------------------------------------------------
 
 
-def note_prompt(call: Call, cache: Any, owner: CacheOwner) -> tuple[Any, dict[int, list[int]]]:
-    """Store the map of a prompt on the cache.
-
-    Rows of merged tokens are repeated first, see `tokencomp.engine.weights`.
-
-    Returns
-    -------
-    Layer of the cache, or None
-        The first with rows.
-    dict of lists
-        By first layer of a segment whose rows were repeated: rows cached of every sample.
-    """
+def note_prompt(call: Call, cache: Any, owner: CacheOwner) -> Any:
+    """Store the map of a prompt on the cache; returns its first layer with rows, or None."""
     if cache is not call.cache:
         check_cache(cache, bool(call.plan.layer_stages))
     starts, owner.types = call.first_columns(), call.layer_types
-    first, repeated = first_layer(cache), dict[int, list[int]]()
+    first = first_layer(cache)
     if first is None or first.keys is None:  # checkpointed layers do not write to the cache
-        return first, repeated
+        return None
     for segment in call.segments:
         last = segment is call.segments[-1]  # a layer that runs twice has two cache layers
         layers = cache.layers[segment.first : None if last else segment.stop]
         # Decoders can leave layers of their cache unused.
         layers = [x for x in layers if isinstance(x, CacheLayerMixin) and x.is_initialized]
         if layers:
-            new = _note_segment(call, segment, layers, starts)
-            if new is not segment.new:
-                repeated[segment.first] = new.lengths
+            _note_segment(call, segment, layers, starts)
             for layer in layers:
                 layer.owner = owner
     first.row_map = replace(first.row_map, memory=call.memory_after(first))
-    return first, repeated
+    return first
 
 
-def _note_segment(call: Call, segment: Segment, layers: list[Any], starts: Tensor | None) -> RowMap:
-    """Store the map of a segment on its cache layers; returns that of the new rows as cached."""
-    new, index, device = segment.new, None, layers[0].device
-    batch = len(new.lengths)
-    if new.weights is not None and call.merges:
-        new, index = new.to(device).repeated(device)
-    row_map = segment.past.append(new, batch, device)
+def _note_segment(call: Call, segment: Segment, layers: list[Any], starts: Tensor | None) -> None:
+    """Store the map of a segment on its cache layers."""
+    device, batch = layers[0].device, len(segment.new.lengths)
+    row_map = segment.past.append(segment.counted, batch, device)
     row_map.starts = starts
-    if index is not None:
-        for layer in layers:
-            repeat_rows(layer, index, segment.past.rows)
     for layer in layers:
         rows = row_map if layer.device == device else row_map.to(layer.device)
         compress_layer(layer, rows, layer is layers[0] and segment.first > 0)
-    return new
 
 
 def note_turn(call: Call, cache: Any) -> None:

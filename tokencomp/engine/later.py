@@ -3,10 +3,14 @@
 The cache layers know their rows and the length of the sequence (`tokencomp.engine.cache`). Later
 tokens only need the right mask:
 
-    one token, no padding, no window     no mask: it attends to all rows
+    one token, no padding, no window     no mask: it attends to all rows; where tokens were merged,
+                                         the logarithms of the weights
     one token on a static cache          a mask of constant shape, without a host read
     anything else                        `Masks` of a `Call`: here that of segment 0; the hooks of
                                          the layers ask for those of other segments (`layers.py`)
+
+Masks also add log(weight) of merged rows, or heads are widened: `tokencomp.engine.weights.carrier`
+decides.
 """
 
 from __future__ import annotations
@@ -33,12 +37,13 @@ from tokencomp.engine.checks import check_windows
 from tokencomp.engine.gather import gather_arguments
 from tokencomp.engine.masks import Masks, read_mask
 from tokencomp.engine.rowmap import RowMap
+from tokencomp.engine.weights import Carrier, RowWeights, carrier
 from tokencomp.errors import PrefillWarning
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.tokens import CODES, MODALITIES, Modality
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.hooks import Hooked
-from tokencomp.torchlib.masks import StaticMaskView, causal_mask
+from tokencomp.torchlib.masks import StaticMaskView, causal_mask, weighted_mask
 from tokencomp.torchlib.replace import MethodReplacement
 
 MASKLESS = re.compile("sdpa|flash")  # backends that take None if a token attends to all rows
@@ -54,10 +59,16 @@ class LaterTokens:
         Stores the running call, if its layers need more than a mask.
     compact
         Whether positions count kept tokens only.
+    weights
+        Widens the heads of calls whose masks cannot add weights.
     """
 
-    def __init__(self, adapter: Adapter, calls: RunningCalls, compact: bool) -> None:
+    def __init__(
+        self, adapter: Adapter, calls: RunningCalls, compact: bool, weights: RowWeights
+    ) -> None:
         self.adapter, self.calls, self.compact = adapter, calls, compact
+        self._weights = weights
+        self._copies_keys = compat.copies_grouped_keys(adapter.text_config)
 
     def traceable(self, inputs: Mapping[str, Any], stages: bool) -> bool:
         """Whether torch.compile can trace our part of a call: tensor operations, or nothing.
@@ -71,6 +82,8 @@ class LaterTokens:
         layer = first_layer(compat.get_cache(inputs))
         if not isinstance(layer, CompressedStaticLayer):
             return not stages and not isinstance(layer, CompressedLayer)
+        if layer.row_map.weights is not None and self._carrier(layer, masked=True).numbers is None:
+            return False  # heads are widened between the graphs
         return _width(inputs) == 1 and not self.adapter.feature_modalities(inputs)
 
     def prepare(self, kwargs: dict[str, Any], layers: list[Any], first: Any) -> None:
@@ -79,19 +92,33 @@ class LaterTokens:
             kwargs["inputs_embeds"] = self.adapter.decoder.embed_tokens(kwargs["input_ids"])
             kwargs["input_ids"] = None
         first.check_patch()
-        single = kwargs["inputs_embeds"].shape[1] == 1
-        if single and isinstance(first, CompressedStaticLayer):
-            self._static_step(kwargs, first)
+        x, static = kwargs["inputs_embeds"], isinstance(first, CompressedStaticLayer)
+        single, weighing = x.shape[1] == 1, None
+        if _weighted([first] if static else layers):
+            weighing = self._carrier(x, masked=static or not single)
+        widens = weighing is not None and weighing.numbers is None
+        if single and static and not widens:
+            self._static_step(kwargs, first, weighing)
             return
         positions = kwargs.get("position_ids")
         # With four rows of positions, the first counts text tokens; the rotary embedding reads 3.
         rows = self.adapter.mrope_rows
         if rows and positions is not None and positions.ndim == 3 and len(positions) > rows:
             kwargs["position_ids"] = positions[-rows:]
-        if single and self._attends_to_all(layers, first):
+        if not (single and self._attends_to_all(layers, first)):
+            self._turn(kwargs, layers, first, weighing)
+        elif weighing is None:
             kwargs["attention_mask"] = None
+        elif weighing.numbers is not None and _takes_one_mask(layers, first):
+            mask = first.row_map.log_weights(first.rows + 1, weighing.numbers)
+            kwargs["attention_mask"] = mask
         else:
-            self._turn(kwargs, layers, first)
+            self._turn(kwargs, layers, first, weighing)
+
+    def _carrier(self, x: Any, masked: bool) -> Carrier:
+        """What carries the weights in a call; x has its device and dtype."""
+        backend = compat.attention_implementation(self.adapter.text_config)
+        return carrier(backend, x.device.type, x.dtype, masked, self._copies_keys)
 
     def _attends_to_all(self, layers: list[Any], first: Any) -> bool:
         """Whether a single token attends to all rows, and the backend then needs no mask."""
@@ -107,25 +134,39 @@ class LaterTokens:
         # transformers skips masks only below the window, so at the window we build one too.
         return bool(types.unmasked and first.get_seq_length() + 1 < types.smallest)
 
-    def _static_step(self, kwargs: dict[str, Any], layer: Any) -> None:
+    def _static_step(self, kwargs: dict[str, Any], layer: Any, weighing: Carrier | None) -> None:
         """Prepare one token on a static cache, without a host read and with constant shapes.
 
         Without padding rows transformers' mask is right: the cache layer says that row 0 is at
         entry `dropped` of the 2-D mask, and the token at entry `dropped` + written rows, so that
         unwritten rows are in the future. With padding rows we build the mask from `real`, with
-        entry i for row i. FlashAttention gets a 2-D mask without padding and unwritten rows.
+        entry i for row i; for merged rows (`weighing`) it adds log(weight). FlashAttention gets a
+        2-D mask without padding and unwritten rows.
         """
         x, config = kwargs["inputs_embeds"], self.adapter.text_config
         if "flash" in compat.attention_implementation(config):
             kwargs["attention_mask"] = layer.written_rows(x.shape[0])
+        elif weighing is not None:
+            written = layer.written_rows(x.shape[0])[:, None, None]
+            logs = layer.row_map.log_weights(layer.max_cache_len, weighing.numbers)
+            kwargs["attention_mask"] = weighted_mask(written, logs)
         elif layer.row_map.real is not None:
             view = StaticMaskView(layer.max_cache_len, written=layer.cumulative_length)
             kwargs["attention_mask"] = causal_mask(config, x, layer.row_map.real, view)
         if self.compact:
             kwargs["position_ids"] = layer.real_rows().expand(x.shape[0], 1)
 
-    def _turn(self, kwargs: dict[str, Any], layers: list[Any], first: Any) -> None:
-        """Prepare any number of tokens, with or without padding and segments."""
+    def _turn(
+        self,
+        kwargs: dict[str, Any],
+        layers: list[Any],
+        first: Any,
+        weighing: Carrier | None,
+    ) -> None:
+        """Prepare any number of tokens, with or without padding and segments.
+
+        `weighing`: what carries the weights of merged rows; None: there are none.
+        """
         x, cache = kwargs["inputs_embeds"], compat.get_cache(kwargs)
         n, real, prepared = x.shape[1], None, None
         if n > 1:  # a single token is neither padding nor part of an image
@@ -135,6 +176,7 @@ class LaterTokens:
         call = Call(
             self.adapter, Plan(), [], n, segments, new, cache, not self.compact, prepared
         )  # fmt: skip
+        call.numbers = None if weighing is None else weighing.numbers
         check_windows(call)
         if self.compact:
             kwargs["position_ids"] = segments[0].contiguous_positions(real, x)
@@ -142,6 +184,8 @@ class LaterTokens:
             kwargs["logits_to_keep"] = 0  # layers with shared keys would get only the last rows
         kwargs["attention_mask"] = Masks(call, real).decoder_mask(x)
         self.calls.state.call = call
+        if weighing is not None and weighing.numbers is None:
+            call.weighing = self._weights.begin()
 
     def _mask_of_turn(
         self, kwargs: Mapping[str, Any], n: int, layer: Any
@@ -153,6 +197,24 @@ class LaterTokens:
         mask, prepared = read_mask(kwargs, layer, body)
         real = None if mask is None else mask[:, -n:].bool()
         return (None if real is None or bool(real.all()) else real), prepared
+
+
+def _weighted(layers: list[Any]) -> bool:
+    """Whether a cache layer holds merged tokens."""
+    for layer in layers:  # a plain loop: runs for every token
+        row_map = getattr(layer, "row_map", None)
+        if row_map is not None and row_map.weights is not None:
+            return True
+    return False
+
+
+def _takes_one_mask(layers: list[Any], first: Any) -> bool:
+    """Whether the weights of the first layer are those of all, and its mask fits all."""
+    for layer in layers:  # a plain loop: runs for every token
+        if getattr(layer, "starts_segment", False):
+            return False
+    all_full: bool = first.owner.types.all_full
+    return all_full
 
 
 def _width(inputs: Mapping[str, Any]) -> int:

@@ -197,7 +197,7 @@ def _positions(call: Call, segment: Segment, kwargs: Mapping[str, Any]) -> Tenso
 def _mask(call: Call, segment: Segment, layer_type: LayerType, hidden: Tensor) -> Any:
     """The mask of one layer type in a segment, built once."""
     if layer_type.name not in segment.masks:
-        made = layer_type.mask(Masks(call), segment, hidden, segment.text_positions)
+        made = Masks(call).of(layer_type, segment, hidden, segment.text_positions)
         segment.masks[layer_type.name] = made
     return segment.masks[layer_type.name]
 

@@ -13,11 +13,13 @@ token enters the window in its place. A window of four columns, seen by the last
 Who builds a mask:
 
     segment 0   the decoder, from the 2-D mask of `Masks.decoder_mask`; or, where the decoder's mask
-                would be wrong for a layer type (`LayerType.needs_own_mask`), `Masks.decoder_mask`
-                itself: one mask per layer type, which the decoder passes on
-    others      `Masks.attention_mask`, by `LayerType.mask`, when the first layer of a type is
-                entered; `LayerHooks._layer` (`layers.py`) passes it in place of the decoder's
-    one later token without padding and windows: nobody, it attends to all rows
+                would be wrong for a layer type (`LayerType.needs_own_mask`), or masks add the
+                weights of merged rows, `Masks.decoder_mask` itself: one mask per layer type, which
+                the decoder passes on
+    others      `Masks.of`, when the first layer of a type is entered; `LayerHooks._layer`
+                (`layers.py`) passes it in place of the decoder's
+    one later token without padding and windows: nobody, it attends to all rows; or, where tokens
+                were merged, `RowMap.log_weights`
 
 This holds for prompts and for later turns. Of the caller's mask a later turn reads only the columns
 of the turn: the cache layers store which of their rows are real. A chunked prefill
@@ -47,11 +49,13 @@ from tokencomp.errors import UnsupportedCacheError
 from tokencomp.torchlib.compat import attention_implementation
 from tokencomp.torchlib.masks import (
     MaskView,
+    StaticMaskView,
     backend_mask,
     causal_mask,
     check_flash_on_static,
     only_padding,
     visible_columns,
+    weighted_mask,
 )
 
 
@@ -88,7 +92,7 @@ class Masks:
             Where those of the decoder would be wrong.
         """
         types, first = self.call.layer_types, self.call.segments[0]
-        wrong = self.call.prepared is not None
+        wrong = self.call.prepared is not None or self._adds_weights(first)
         if not wrong and not types.all_full:
             length = self.call.length_after()
             past_window = {t: length > types.sizes.get(t.name, length) for t in types.types}
@@ -109,7 +113,7 @@ class Masks:
         first, types = self.call.segments[0], self.call.layer_types
         present = set(types.types[first.first : first.stop])
         masks = {
-            t.name: t.mask(self, first, x, None) if t in present else None
+            t.name: self.of(t, first, x, None) if t in present else None
             for t in dict.fromkeys(types.types)
         }
         if types.convolves:
@@ -121,6 +125,21 @@ class Masks:
         return masks[types.types[first.first].name]
 
     # -- every segment --------------------------------------------------------------------------
+
+    def of(self, layer_type: LayerType, segment: Segment, x: Tensor, text: Tensor | None) -> Any:
+        """The mask of a layer type in a segment, as `LayerType.mask` makes it.
+
+        With `Call.numbers` it also adds log(weight) to the logits of merged rows.
+        """
+        mask, numbers = layer_type.mask(self, segment, x, text), self.call.numbers
+        if numbers is None or not layer_type.attends or not segment.weighted:
+            return mask
+        keys = segment.past.rows + x.shape[1] if mask is None else mask.shape[-1]
+        weights = self.call.key_weights(segment, layer_type, keys, x.shape[0], x.device)
+        return weighted_mask(mask, weights.log().to(numbers)[:, None, None])
+
+    def _adds_weights(self, segment: Segment) -> bool:
+        return self.call.numbers is not None and segment.weighted
 
     def attention_mask(
         self, layer_type: LayerType, segment: Segment, x: Tensor, text: Tensor | None
@@ -140,6 +159,10 @@ class Masks:
         if block is not None:
             return self._with_block(block, segment, x, padding, window, held)
         view, skips = MaskView(held, offset), layer_type.skips_masks
+        if self._adds_weights(segment):  # numbers for all keys, also for memory of later rows
+            skips, static = False, getattr(self.call.first_layer, "max_cache_len", None)
+            if static is not None:
+                view = StaticMaskView(static, offset, written=held + offset)
         return causal_mask(self.call.adapter.text_config, x, padding, view, text, window, skips)
 
     def _padding(self, segment: Segment, x: Tensor, separated: bool = False) -> Tensor | None:

@@ -82,17 +82,17 @@ class RowMap:
         drawing in `tokencomp.engine` has an example.
     columns : Tensor of int64, shape (B, m), m ≤ rows, or None
         Column of the first m rows, ascending, of no meaning at padding rows; the columns of later
-        rows are consecutive. Rows of a merged token have the same column. None: row i holds column
-        i.
+        rows are consecutive. None: row i holds column i.
     real : Tensor of bool, shape (B, m), or None
         False at padding rows; rows after the first m are real. None: there are no padding rows, or,
         in the map of a prompt, `mask` has not made it from `lengths` yet. Read it by `mask`.
     starts : Tensor of int64, shape (B,), or None
         First real column of every sample; None: 0, or unknown.
-    weights : Tensor of float32, shape (B, rows), or None
-        Number of tokens that every row represents, 1 at padding rows; None: one each. `weights`,
-        `lengths`, `spans` and `prompts` are in the map of a prompt only: in a cache merged rows are
-        repeated (`repeated`).
+    weights : Tensor of float32, shape (B, m), m ≤ rows, or None
+        Number of tokens that the first m rows represent, 1 at padding rows; later rows represent
+        one. None: one each. In a cache attention adds their logarithms
+        (`tokencomp.engine.weights`). `lengths`, `spans` and `prompts` are in the map of a prompt
+        only.
     lengths : list of int
         Real rows per sample, aligned to the right.
     spans
@@ -158,6 +158,25 @@ class RowMap:
         later = torch.arange(known.shape[1], self.rows, device=device) + self.dropped
         return torch.cat([known, later.expand(batch, -1)], dim=1)
 
+    def all_weights(self, batch: int, device: torch.device) -> Tensor:
+        """Number of tokens that every row represents, float32 (B, rows)."""
+        if self.weights is None:
+            return torch.ones(batch, self.rows, device=device)
+        known = self.weights.to(device)
+        if known.shape[1] == self.rows:
+            return known
+        return nn.functional.pad(known, (0, self.rows - known.shape[1]), value=1.0)
+
+    def log_weights(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """log(weight) of the first `rows` rows, (B, 1, 1, rows), where later rows weigh one.
+
+        A mask of numbers for a query that sees all of them.
+        """
+        weights = self.weights
+        assert weights is not None
+        logs = nn.functional.pad(weights.log(), (0, rows - weights.shape[1]))
+        return logs.to(dtype)[:, None, None]
+
     def first_column(self) -> Tensor:
         """First real column of every sample of a prompt, int64 (B,) on the CPU."""
         first = torch.tensor([self.rows - n for n in self.lengths])
@@ -176,31 +195,41 @@ class RowMap:
         columns = joined_columns(self, new, batch, device)
         real = joined_mask(self, new.mask(device), new.rows, device)
         rows, dropped = self.rows + new.rows, self.dropped + new.dropped
-        return RowMap(rows, dropped, columns, real, self.starts)
+        weights = joined_weights(self, new, batch, device)
+        return RowMap(rows, dropped, columns, real, self.starts, weights)
 
     def keep_rows(self, rows: Tensor, batch: int) -> RowMap:
         """The map of some rows (n,) only, the same and real in every sample."""
-        columns = self.all_columns(batch, rows.device)[:, rows]
-        held, dropped = rows.numel(), self.length - rows.numel()
-        return RowMap(held, dropped, columns, starts=self.starts, memory=self.memory.cut(rows))
+        columns, weights = self.all_columns(batch, rows.device)[:, rows], self.weights
+        if weights is not None:
+            weights = self.all_weights(batch, rows.device)[:, rows]
+        return RowMap(
+            rows.numel(), self.length - rows.numel(), columns, starts=self.starts, weights=weights,
+            memory=self.memory.cut(rows),
+        )  # fmt: skip
 
     def cut(self, rows: int) -> RowMap:
-        columns, real = (None if t is None else t[:, :rows] for t in (self.columns, self.real))
+        columns, real, weights = (
+            None if t is None else t[:, :rows] for t in (self.columns, self.real, self.weights)
+        )
         memory = self.memory
         if rows < memory.end:
             memory = memory.cut(torch.arange(rows))
-        return replace(self, rows=rows, columns=columns, real=real, memory=memory)
+        return replace(self, rows=rows, columns=columns, real=real, weights=weights, memory=memory)
 
     def select(self, change: Callable[[Tensor], Tensor]) -> RowMap:
         """The map of a cache whose samples are reordered, repeated or selected, as by beam search.
 
         `change` maps a tensor (B, …) to that of the new batch.
         """
-        columns, real, starts = (
-            None if t is None else change(t) for t in (self.columns, self.real, self.starts)
+        columns, real, starts, weights = (
+            None if t is None else change(t)
+            for t in (self.columns, self.real, self.starts, self.weights)
         )
         memory = self.memory.select(change)
-        return replace(self, columns=columns, real=real, starts=starts, memory=memory)
+        return replace(
+            self, columns=columns, real=real, starts=starts, weights=weights, memory=memory
+        )
 
     def keep(
         self, counts: list[list[int]], chosen: list[tuple[int, int]], kept: Kept | None,
@@ -296,29 +325,6 @@ class RowMap:
             weights.view(-1).index_copy_(0, flat, kept.weights.to(weights))
         return weights
 
-    def repeated(self, device: torch.device) -> tuple[RowMap, Tensor]:
-        """The map in which every row is repeated `weights` times.
-
-        Returns
-        -------
-        RowMap
-            Without spans.
-        Tensor of int64, shape (B, new rows)
-            Row of this map for every new row, -1 at padding.
-        """
-        weights, mask = self.weights, self.mask(device)
-        assert weights is not None
-        counts = weights.to(device).round().long()
-        ends = (counts if mask is None else counts * mask).cumsum(1)  # padding is not repeated
-        lengths = ends[:, -1].tolist()
-        rows = max(lengths)
-        # New row i of a sample repeats the first row whose cumulated count exceeds i.
-        slots = torch.arange(rows, device=device) - (rows - ends[:, -1:])
-        index = torch.searchsorted(ends, slots, right=True)
-        columns = None if self.columns is None else self.columns.gather(1, index)
-        new = RowMap(rows, self.length - rows, columns, lengths=lengths)
-        return new, index.masked_fill(slots < 0, -1)
-
     def to(self, device: torch.device) -> RowMap:
         tensors = self.columns, self.real, self.weights
         columns, real, weights = (None if t is None else t.to(device) for t in tensors)
@@ -364,6 +370,15 @@ def joined_columns(past: RowMap, new: RowMap, batch: int, device: torch.device) 
     return (
         columns if not past.rows else torch.cat([past.all_columns(batch, device), columns], dim=1)
     )
+
+
+def joined_weights(past: RowMap, new: RowMap, batch: int, device: torch.device) -> Tensor | None:
+    """Number of tokens that all rows represent, cached and new, (B, rows); None: one each."""
+    if past.weights is None and new.weights is None:
+        return None
+    if not past.rows:
+        return new.all_weights(batch, device)
+    return torch.cat([row_map.all_weights(batch, device) for row_map in (past, new)], dim=1)
 
 
 def joined_mask(

@@ -26,11 +26,13 @@ from tokencomp.engine.capture import Captured, Past, RowIndex, capture_qk, gathe
 from tokencomp.engine.rowmap import (
     RowMap,
     joined_mask,
+    joined_weights,
     kept_values,
     move_tables,
     text_values,
     visual_values,
 )
+from tokencomp.engine.weights import appended, bias_dims
 from tokencomp.tokens.signals import Attention
 from tokencomp.tokens.stacks import HostIndex
 from tokencomp.torchlib import compat
@@ -114,6 +116,8 @@ class StageScores:
         if "voting" in moved:
             voting = moved["voting"].view(votes.index.shape), moved["numbers"].view(len(x), -1)
         captured = _captured(root, x, arguments, voting, cached, past, keys)
+        if past.weights is not None:
+            _weigh_past(captured, row_map, past, signal.temperature)
         raters = self.raters if signal.rows == "raters" else None
         if raters is not None and voting is not None:
             raters = raters.to(x.device).gather(1, voting[0])
@@ -199,6 +203,20 @@ def _captured(
     latents = Past(before, cached.values[:, :, : past.rows])
     arguments = {**arguments, **dict.fromkeys(compat.CACHE_NAMES, latents)}
     return capture_qk(root, x, arguments, ("v_proj",), voting)
+
+
+def _weigh_past(captured: Captured, row_map: RowMap, past: RowMap, temperature: float) -> None:
+    """Let merged rows of earlier turns count as the tokens that they represent, in place.
+
+    Their logits gain log(weight), as in attention, by a few more dimensions of queries and keys.
+    Rows of this call count once: later stages rank what is left of an image by single rows.
+    """
+    query, key = captured.query, captured.key
+    weights = joined_weights(past, RowMap(row_map.rows), key.shape[0], key.device)
+    assert weights is not None
+    weights = weights[:, -key.shape[2] :]  # a sliding layer holds only the last rows
+    more = bias_dims(query, key, weights, captured.scaling / temperature)
+    captured.query, captured.key = appended(query, more.of_queries), appended(key, more.of_keys)
 
 
 def _key_lengths(root: Any, x: Tensor, arguments: dict[str, Any]) -> Tensor:

@@ -79,14 +79,14 @@ class Stats:
     _shares: list[list[BudgetShare | None]] = field(default_factory=list)
     _kept: list[RowMap] = field(default_factory=list, repr=False)
     _survivors: RowMap | None = field(default=None, repr=False)
-    _repeated: list[list[int]] = field(default_factory=list, repr=False)
+    _caches: bool = True
     _off: bool = field(default=False, repr=False)
 
     @classmethod
-    def of_call(cls, call: Call, layer: Any, repeated: dict[int, list[int]]) -> Stats:
+    def of_call(cls, call: Call, layer: Any) -> Stats:
         """Counts of a finished prefill; what follows from the config and the plan comes on access.
 
-        `layer` and `repeated` are the results of `note_prompt`.
+        `layer` is the first layer of the cache with rows, or None.
         """
         keys = layer.keys if layer is not None else None
         if keys is None:
@@ -108,7 +108,7 @@ class Stats:
             _plan=call.plan,
             _shares=call.shares,
             _survivors=call.survivors,
-            _repeated=_repeated(call, repeated) if repeated else [],
+            _caches=layer is not None,
             _kept=call.kept,
         )
 
@@ -165,9 +165,10 @@ class Stats:
         mean = " in the mean layer" if len(set(layers)) > 1 else ""
         parts = [f"{sum(self.tokens_before)} → {left:.0f} visual tokens{mean}"]
         parts += ["the rest merged"] if self.merged_from is not None else []
+        cache = (self.kv_bytes_before, self.kv_bytes_after) if self._caches else (0, 0)
         for name, before, after in (
             ("LLM work", self.flops_before, self.flops_after),
-            ("cache", self.kv_bytes_before, self.kv_bytes_after),
+            ("cache", *cache),
             ("tower work", *self.tower_flops),
         ):
             parts += [f"{name} {100 * after / before:.0f} %"] if before else []
@@ -231,12 +232,7 @@ class Stats:
 
     @property
     def cached(self) -> list[list[int]]:
-        """Per sample: rows that every decoder layer caches, without padding.
-
-        Rows of merged tokens count as often as they are repeated.
-        """
-        if self._repeated:
-            return self._repeated
+        """Per sample: rows that every decoder layer caches, without padding."""
         rows = iter(self._lengths_after())
         samples = [[next(rows) for _ in prompts] for prompts in self.prompts]
         return [[sum(layer) for layer in zip(*sample, strict=True)] for sample in samples]
@@ -357,13 +353,6 @@ class Stats:
 def _offsets(row_map: RowMap, sample: int) -> list[list[int]]:
     pairs = [(kept, row_map.offsets_of(sample, kept)) for kept in row_map.spans[sample]]
     return [list(range(kept.count)) if o is None else o.tolist() for kept, o in pairs]
-
-
-def _repeated(call: Call, repeated: dict[int, list[int]]) -> list[list[int]]:
-    """Per sample, the rows that every decoder layer caches."""
-    parts = [(repeated.get(s.first, s.new.lengths), s) for s in call.segments]
-    layers = [lengths for lengths, s in parts for _ in range(s.first, s.stop)]
-    return [list(sample) for sample in zip(*layers, strict=True)]
 
 
 def _sums(pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:

@@ -4,16 +4,16 @@ A merged token is the mean of n tokens. Proportional attention adds log(n) to it
 (ToMe, arXiv 2210.09461), which equals n identical keys:
 
     columns of the prompt   0  1  2  3  4  5  6  7
-    rows of the prefill     0  1        4     6  7      weights 1, 4, 1, 1, 1
-    rows in the cache       0  1  1  1  1  4  6  7
+    rows, also in a cache   0  1        4     6  7      weights 1, 4, 1, 1, 1
 
-1. Stage: `merge_rest` averages dropped patches into their nearest kept patch. 2. Prefill:
-`RowWeights` adds log(n) by a few more dimensions of queries and keys, whose product is the
-logarithm. So SDPA, FlashAttention and eager attention run unchanged, without an additional mask,
-and the cache holds plain keys. Keys of earlier turns come before those of the prompt, and count as
-one token each (`Segment.weights`). 3. Cache: `RowMap.repeated` says which rows are repeated, and
-`repeat_rows` stores the row of a merged token n times. So a decode step needs no weights, runs no
-code of ours, and reads as many rows as without a patch.
+The cache holds plain keys, so that layers of any class (quantized, static, offloaded) store them as
+without a patch. The weights are in the row map of the layers (`RowMap.weights`).
+
+    stage        `merge_rest` averages dropped patches into their nearest kept patch
+    prefill      `RowWeights` widens queries and keys by a few dimensions, whose product is log(n).
+                 SDPA, FlashAttention and eager attention run unchanged, without a mask
+    later calls  `carrier` decides, for every call: a mask of numbers, which adds log(n) without
+                 code per layer (`masks.py`; `RowMap.log_weights` for one token); or wider heads
 """
 
 from __future__ import annotations
@@ -29,23 +29,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.cache import physical_length, stored, widen_window
 from tokencomp.engine.call import Call, CallHooks, RunningCalls
 from tokencomp.engine.checks import refuse_recomputation
 from tokencomp.errors import (
     MergeWarning,
     OptionError,
-    UnsupportedCacheError,
     UnsupportedModelError,
 )
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.stacks import nearest
 from tokencomp.tokens.tokens import Kept, Tokens
 from tokencomp.torchlib import compat
-from tokencomp.torchlib.cache_classes import QUANTIZED
 from tokencomp.torchlib.checkpointing import checkpoint_functions
 from tokencomp.torchlib.replace import AttributeView, MethodReplacement, shallow_copy
 
@@ -91,7 +87,63 @@ def merge_rest(tokens: Tokens, kept: Kept, merging: Sequence[bool], reducer: str
     return Kept(rows, merged.x, merged.sizes.float())
 
 
-# -- prefill ------------------------------------------------------------------------------------
+# -- later calls: a mask of numbers, or wider heads ---------------------------------------------
+
+
+class Carrier(NamedTuple):
+    """How a later call adds log(weight) to the attention logits.
+
+    Attributes
+    ----------
+    numbers
+        Dtype of a mask of numbers; None: queries and keys are widened, as in a prefill.
+    reason
+        Why.
+    """
+
+    numbers: torch.dtype | None
+    reason: str
+
+
+def carrier(
+    backend: str, device: str, dtype: torch.dtype, masked: bool, copies_keys: bool
+) -> Carrier:
+    """Decide how calls after the prompt add log(weight).
+
+    A mask of numbers adds no call per layer. In bfloat16 it would round log(weight) to 8 bits, so
+    that it is float32 where attention takes that without a slower kernel.
+
+    Parameters
+    ----------
+    backend
+        Name of the attention backend.
+    device
+        Type of the device, such as "cuda".
+    dtype
+        Dtype of queries and keys.
+    masked
+        Whether SDPA gets a mask in any case: for several tokens, and for a static cache.
+    copies_keys
+        Whether SDPA copies keys for all queries of a group if it gets a mask: grouped heads in
+        releases of transformers without `pack_gqa`.
+    """
+    if backend == "eager":
+        return Carrier(dtype, "eager attention adds its masks to the logits in any case")
+    if backend == "flex_attention" and device == "cpu":
+        return Carrier(torch.float32, "FlexAttention adds numbers to its logits, in float32")
+    if backend != "sdpa":
+        return Carrier(None, f"{backend} takes no mask of numbers, or nobody has measured one")
+    numbers = torch.float32 if device == "cpu" else dtype
+    if masked:
+        return Carrier(numbers, "SDPA gets a mask here in any case")
+    if device != "cpu":
+        return Carrier(None, f"on {device} a mask rules out the FlashAttention kernel of SDPA")
+    if copies_keys:
+        return Carrier(None, "SDPA of this transformers release copies grouped keys under a mask")
+    return Carrier(numbers, "SDPA on a CPU is no slower with a mask")
+
+
+# -- wider heads --------------------------------------------------------------------------------
 
 
 class BiasDims(NamedTuple):
@@ -103,7 +155,7 @@ class BiasDims(NamedTuple):
 
 @dataclass
 class Weighing:
-    """What attention has requested of the weights of one prompt.
+    """What attention has requested of the weights of one call.
 
     Attributes
     ----------
@@ -118,9 +170,9 @@ class Weighing:
 
 
 class RowWeights(CallHooks):
-    """Adds log(weight) to the attention logits of prompts that merge.
+    """Adds log(weight) to the attention logits of a call by wider heads.
 
-    While such a prompt runs, the `config` of attention modules names a function that widens
+    While such a call runs, the `config` of attention modules names a function that widens
     queries, keys and values and then calls the user's backend. Without weights, as in calls of
     other threads, it only calls the backend.
 
@@ -132,48 +184,72 @@ class RowWeights(CallHooks):
     def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
         super().__init__(adapter, calls)
         self._handles = []  # created here, because calls of several threads append to it
-        self._modules: list[Any] = []
-        self._lock, self._prompts = threading.Lock(), 0
+        self._views: list[tuple[Any, AttributeView]] = []  # of the configs of attention modules
+        self._backends: list[tuple[Any, str]] = []  # these configs, without repetition
+        self._lock, self._running = threading.Lock(), 0
+
+    def remove(self) -> None:
+        """Remove all replacements; safe to call twice."""
+        super().remove()
+        self._views = []
 
     def begin(self) -> Weighing:
-        """Widen attention for a prompt of this thread, until `end`.
+        """Widen attention for a call of this thread, until `end`.
 
-        The first of several running prompts sets `attend` in the attention modules.
+        The first of several running calls sets `attend` in the attention modules, by views of their
+        configs. Views are kept for later calls: under FlashAttention every decode step needs them.
         """
         state = self.calls.state
         state.weighs = True
         with self._lock:
-            self._prompts += 1
-            if not self._modules:
-                compat.register_attention(NAME, attend)
-                self._modules = attention_modules(self.adapter.layers)
-                for module in self._modules:
-                    module.config = AttributeView(
-                        module.config,
-                        _attn_implementation=NAME,
-                        tokencomp_bias_dims=self._bias_dims,
-                        tokencomp_module=shallow_copy(module),  # backends read its config
-                        tokencomp_backend=compat.attention_function(module, module.config),
-                    )
+            self._running += 1
+            if self._running == 1:
+                if not self._views_fit():
+                    self._make_views()
+                for module, view in self._views:
+                    vars(view.tokencomp_module)["training"] = module.training
+                    vars(module)["config"] = view
         if torch.is_grad_enabled() and state.recomputed is None:
-            # Before every prompt, because gradient_checkpointing_enable replaces the functions.
+            # Before every call, because gradient_checkpointing_enable replaces the functions.
             for module, name in checkpoint_functions(self.adapter.decoder):
                 if not MethodReplacement.replaces(getattr(module, name)):
                     replaced = MethodReplacement(module, name, self._checkpoint)
                     self._handles.append(replaced)
-        return Weighing({module.layer_idx for module in self._modules})
+        return Weighing({module.layer_idx for module, _ in self._views})
+
+    def _views_fit(self) -> bool:
+        """Whether the views are those of the modules' configs, and of the backends in use."""
+        for module, view in self._views:  # a plain loop: runs for every token
+            if vars(module).get("config") is not view.tokencomp_original:
+                return False
+        names = [compat.attention_implementation(config) == name for config, name in self._backends]
+        return bool(self._views) and all(names)
+
+    def _make_views(self) -> None:
+        compat.register_attention(NAME, attend)
+        self._views, configs = [], dict[int, Any]()
+        for module in attention_modules(self.adapter.layers):
+            view = AttributeView(
+                module.config,
+                _attn_implementation=NAME,
+                tokencomp_bias_dims=self._bias_dims,
+                tokencomp_module=shallow_copy(module),  # backends read its config
+                tokencomp_backend=compat.attention_function(module, module.config),
+            )
+            self._views.append((module, view))
+            configs[id(module.config)] = module.config
+        self._backends = [(c, compat.attention_implementation(c)) for c in configs.values()]
 
     def end(self) -> None:
-        """End the prompt of this thread, which `begin` has begun; the last restores the configs."""
+        """End the call of this thread, which `begin` has begun; the last restores the configs."""
         self.calls.state.weighs = False
         with self._lock:
-            self._prompts -= 1
-            if self._prompts:
+            self._running -= 1
+            if self._running:
                 return
-            for module in self._modules:
-                if isinstance(module.config, AttributeView):
-                    module.config = module.config.tokencomp_original
-            self._modules = []
+            for module, view in self._views:
+                if vars(module).get("config") is view:
+                    vars(module)["config"] = view.tokencomp_original
 
     def _checkpoint(
         self,
@@ -212,7 +288,7 @@ class RowWeights(CallHooks):
             return None
         segment, weighing = call.segment_of[layer], call.weighing
         weighing.missing.discard(layer)
-        if segment.new.weights is None:
+        if not segment.weighted:
             return None
         if state.noted.grad and state.recomputed is None:
             # The first run of reentrant checkpointing has no gradients.
@@ -220,17 +296,14 @@ class RowWeights(CallHooks):
             refuse_recomputation(self.adapter.decoder, lost, ", or use merge=False", first)
         case = segment.first, rows, query.shape[-1], query.dtype, key.dtype, key.device, scaling
         if case not in weighing.dims:
-            weights = segment.weights()
-            # A sliding layer passes only the last keys to attention. A chunk passes the first ones,
-            # and `bias_dims` cuts the weights to their number.
-            gone = segment.past.rows + segment.new.rows - rows if call.chunk is None else 0
-            weights = weights[:, gone:] if gone > 0 else weights
+            layer_type, batch = call.layer_types.types[layer], key.shape[0]
+            weights = call.key_weights(segment, layer_type, rows, batch, key.device)
             weighing.dims[case] = bias_dims(query, key, weights, scaling)
         found: BiasDims = weighing.dims[case]
         return found
 
     def check(self, call: Call) -> None:
-        """Refuse a prompt if attention of some layers ran without weights.
+        """Refuse a call if attention of some layers ran without weights.
 
         Raises
         ------
@@ -238,7 +311,7 @@ class RowWeights(CallHooks):
             These layers do not call the backend that their config names.
         """
         missing = call.weighing.missing
-        missing = {i for i in missing if call.segment_of[i].new.weights is not None}
+        missing = {i for i in missing if call.segment_of[i].weighted}
         if missing:
             raise UnsupportedModelError(
                 f"merge=True: the attention of layers {sorted(missing)} of "
@@ -359,12 +432,13 @@ def widen(
     """Append dimensions to queries and keys, and zeros to values (backends may need equal
     sizes).
     """
-    extra = more.of_queries.shape[0]
-    return (
-        torch.cat([query, more.of_queries.expand(*query.shape[:-1], extra)], dim=-1),
-        torch.cat([key, more.of_keys.expand(*key.shape[:-1], extra)], dim=-1),
-        nn.functional.pad(value, (0, query.shape[-1] + extra - value.shape[-1])),
-    )
+    query, key = appended(query, more.of_queries), appended(key, more.of_keys)
+    return query, key, nn.functional.pad(value, (0, query.shape[-1] - value.shape[-1]))
+
+
+def appended(x: Tensor, dims: Tensor) -> Tensor:
+    """Append dimensions to the last axis of x; their other axes are expanded."""
+    return torch.cat([x, dims.expand(*x.shape[:-1], dims.shape[-1])], dim=-1)
 
 
 def extra_dims(dim: int) -> int:
@@ -372,28 +446,22 @@ def extra_dims(dim: int) -> int:
     return -(-(dim + 2) // MULTIPLE) * MULTIPLE - dim
 
 
-def merging_where_possible(plan: Plan, adapter: Adapter, compact: bool) -> Plan:
-    """Replace merge="auto" by merge=False if the model or positions do not support merging.
+def merging_where_possible(plan: Plan, adapter: Adapter) -> Plan:
+    """Replace merge="auto" by merge=False if the model does not support merging.
 
-    merge=True raises for attention without weights and for compact positions. For merge="auto" a
-    `MergeWarning` says the reason, once per model class.
+    merge=True raises for attention without weights. For merge="auto" a `MergeWarning` says the
+    reason, once per model class.
     """
     asked = any(stage.merge is True for stage in plan.stages)
     try:
         modules = attention_modules(adapter.layers, known=not asked)
-        if compact:
-            raise OptionError(
-                "merge=True with positions='compact': the cache repeats merged rows, once for "
-                "each of their tokens, and compact positions count rows. Use "
-                "positions='original', or merge=False."
-            )
         most = max(int(getattr(module, "head_dim", 0)) for module in modules)
         if not asked and most + extra_dims(most) > MOST_DIMS:
             raise UnsupportedModelError(
                 f"merge=True: heads of {most} dimensions have no room for weights under "
                 f"FlashAttention, which takes {MOST_DIMS}. Use merge=False."
             )
-    except (UnsupportedModelError, OptionError) as error:
+    except UnsupportedModelError as error:
         if asked:
             raise
         _warn_once(type(adapter.model).__qualname__, str(error))
@@ -405,72 +473,3 @@ def merging_where_possible(plan: Plan, adapter: Adapter, compact: bool) -> Plan:
 def _warn_once(model_class: str, reason: str) -> None:
     """Warn once per model class and process that it cannot merge: `patch` merges by default."""
     warnings.warn(f"merge='auto' drops here. {reason}", MergeWarning, stacklevel=6)
-
-
-# -- cache --------------------------------------------------------------------------------------
-
-
-def repeat_rows(layer: Any, index: Tensor, before: int) -> None:
-    """Repeat rows of the prefill in a cache layer, after the `before` rows of earlier calls.
-
-    `index` (B, n) is that of `RowMap.repeated`; 0 is the first row of the prefill.
-    """
-    from tokencomp.kernels import gather_rows
-
-    # Every row after repetition, as a row of those written so far; -1 at padding.
-    index = index.to(layer.device)
-    if before:
-        past = torch.arange(before, device=index.device).expand(len(index), -1)
-        index = torch.cat([past, torch.where(index < 0, index, index + before)], dim=1)
-    rows, apart = index.shape[1], hasattr(layer, "prefill_keys")
-    if apart:  # the prompt is stored apart from later rows
-        pair = layer.prefill_keys, layer.prefill_values
-    elif isinstance(layer, QUANTIZED):
-        pair = stored(layer, "keys"), stored(layer, "values")
-    else:
-        pair = layer.keys, layer.values
-    if isinstance(layer, DynamicSlidingWindowLayer) and not apart:
-        index = _in_window(layer, index)
-    keys, values = gather_rows(pair, index, 2, 0, trusted=True)
-    # Written as the class stores rows.
-    if apart:
-        layer.prefill_keys, layer.prefill_values = keys, values
-        layer.prefill_cumulative_length = rows
-        layer.prefill_length = max(layer.prefill_length, rows)
-    elif isinstance(layer, StaticLayer):
-        _write(layer, keys, values)
-    elif isinstance(layer, QUANTIZED):
-        layer.is_initialized, layer.cumulative_length = False, 0
-        layer.update(keys, values)
-    else:
-        layer.keys, layer.values = keys, values
-
-
-def _write(layer: Any, keys: Tensor, values: Tensor) -> None:
-    """Write the rows of a static layer, in its memory."""
-    held, rows = physical_length(layer), keys.shape[2]
-    if rows > layer.max_cache_len:
-        raise UnsupportedCacheError(
-            f"merge=True repeats merged rows in the cache, so that it has {rows} rows, and this "
-            f"static cache can hold {layer.max_cache_len}. Give it room for every token of the "
-            "prompt, or use merge=False."
-        )
-    layer.keys[..., :rows, :], layer.values[..., :rows, :] = keys, values
-    layer.cumulative_length += rows - held
-
-
-def _in_window(layer: Any, index: Tensor) -> Tensor:
-    """Widen the window of a sliding layer for rows `index` (B, n) of those written, and return
-    which of the rows that it holds it will store.
-
-    How many rows are repeated depends on each sample alone; see `CompressedSlidingLayer`.
-    """
-    # The window counts stored rows: widen it by the repetitions of the sample with most.
-    gone: int = layer.cumulative_length - layer.keys.shape[-2]
-    repetitions = (index[:, 1:] == index[:, :-1]) & (index[:, 1:] >= 0)
-    widen_window(layer, int(repetitions.sum(1).max()))
-    layer.cumulative_length = index.shape[1]
-    # Under assisted decoding a layer can record its past: it then holds all rows.
-    recorded = getattr(layer, "record_past", False)
-    first = gone if recorded else index.shape[1] - layer.sliding_window + 1
-    return index[:, max(first, 0) :] - gone

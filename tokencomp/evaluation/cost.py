@@ -41,12 +41,11 @@ def _cost(
     per_layer: list[int],
     full: int,
     merged_from: int | None = None,
-    cached: list[int] | None = None,
 ) -> Cost:
-    """See `Stats`; `cached` None: one row for every token that a layer sees."""
+    """See `Stats`."""
     rows = [length - visual + n for n in per_layer]
     first = len(rows) if merged_from is None else merged_from
-    held = [*zip(layers, cached or rows, strict=True)]
+    held = [*zip(layers, rows, strict=True)]
     flops = sum(
         layer.flops(n, 0, i >= first) for i, (layer, n) in enumerate(zip(layers, rows, strict=True))
     )
@@ -64,9 +63,9 @@ def prefill_costs(
     per sample before an input baseline shrank the media, if one did.
     """
     if stats:
-        counts = stats.lengths, stats.tokens_before, stats.tokens_after, stats.cached
+        counts = stats.lengths, stats.tokens_before, stats.tokens_after
         layers, first, rows = stats.layers, stats.merged_from, zip(*counts, strict=True)
-        return [_cost(layers, n, all_, seen, all_, first, kept) for n, all_, seen, kept in rows]
+        return [_cost(layers, n, all_, seen, all_, first) for n, all_, seen in rows]
     layers = layer_shapes(adapter_for(model).text_config, model.dtype.itemsize)
     lengths = prompt_lengths(model, inputs)
     before = full or [visual for _, visual in lengths]

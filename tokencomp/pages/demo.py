@@ -106,16 +106,10 @@ def saved(setting: Setting, costs: Sequence[Cost], full: Sequence[Cost]) -> str:
     kept, before = (fmean(fmean(c.per_layer) for c in group) for group in (costs, full))
     work = sum(c.flops for c in costs) / sum(c.flops for c in full)
     cache = sum(c.kv_bytes for c in costs) / sum(c.kv_bytes for c in full)
-    merged = fmean(
-        sum(c.per_layer) < sum(f.per_layer) and c.kv_bytes >= f.kv_bytes
-        for c, f in zip(costs, full, strict=True)
-    )
-    where = f" in {merged:.0%} of the prompts" if merged < 1 else ""
     return (
         f"{setting.name} at {setting.asked}: a decoder layer sees {kept:.0f} of {before:.0f} "
-        f"visual tokens on average{f', the rest merged into them{where}' if merged else ''}. That "
-        f"leaves {work:.0%} of the decoder's work and {cache:.0%} of its cache"
-        f"{', in which merged tokens are repeated' if merged else ''}."
+        f"visual tokens on average. That leaves {work:.0%} of the decoder's work and {cache:.0%} "
+        "of its cache."
     )
 
 

@@ -343,11 +343,6 @@ class Plan:
         return any(s.merges_some for s in self.stages)
 
     @cached_property
-    def dropping(self) -> Plan:
-        """This plan without merging."""
-        return self.with_options(merge=False) if self.may_merge else self
-
-    @cached_property
     def needs(self) -> frozenset[Signal]:
         """Signals that the reducers of decoder stages need."""
         return frozenset().union(*(s.needs for s in self.stages))

@@ -21,7 +21,7 @@ from tokencomp.errors import OptionError, SessionError
 from tokencomp.handle import handle_of
 from tokencomp.session.evict import Mark, check_eviction, evict, held_columns
 from tokencomp.session.held import POLICIES, TEXT, Held, PatchPlaces
-from tokencomp.session.patched import check_patch, rows_of, run_within
+from tokencomp.session.patched import check_patch, rows_of
 from tokencomp.session.positions import Positions
 from tokencomp.session.watch import Watch
 from tokencomp.tokens.tokens import VisualSpan
@@ -126,14 +126,14 @@ class Conversation:
             self.adapter.modalities(inputs) if self.adapter.feature_modalities(inputs) else None
         )
         handle = handle_of(self.adapter.model)
-        check_patch(handle, modalities, self.budget)
+        check_patch(handle, modalities)
         if modalities is None and kept:
             self.check_text(ids.shape[1])
         positions, following = self.positions.of(inputs, modalities)
         shown = memory_of(self.cache)
         appearance = self.budget is not None and self.policy == "redundant"
         watch = Watch(self.adapter, inputs, modalities, positions, self.check_chunk, appearance)
-        with watch, run_within(handle, self.budget):
+        with watch:
             out = self.model(
                 **inputs, **self._options, position_ids=positions, use_cache=True,
                 **{self._cache_name: self.cache},

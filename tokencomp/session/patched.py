@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 from torch import Tensor
 
@@ -15,7 +13,7 @@ from tokencomp.tokens.signals import Attention
 from tokencomp.tokens.tokens import MODALITIES, VisualSpan
 
 
-def check_patch(handle: Handle | None, modalities: Tensor | None, budget: int | None) -> None:
+def check_patch(handle: Handle | None, modalities: Tensor | None) -> None:
     """Refuse patches under which later parts would not equal one prompt, or could not be evicted.
 
     `modalities` are those of the next part, see `Adapter.modalities`; None for text.
@@ -33,12 +31,6 @@ def check_patch(handle: Handle | None, modalities: Tensor | None, budget: int | 
         else [MODALITIES[int(code)] for code in modalities.unique() if code]
     )
     for stage in handle.plan.stages:
-        if budget is not None and stage.merge is True:
-            raise OptionError(
-                "merge=True in a session with a budget: the cache holds a merged token as often "
-                "as the tokens that it represents, so that merging saves no rows. Patch "
-                "with merge=False, or open the session with budget=None."
-            )
         if names and stage.budget is not None and stage.budget.whole_prompt:
             raise OptionError(
                 f'the patch has budget={{"prompt": {stage.budget.tokens}}}, so that the kept '
@@ -56,13 +48,6 @@ def check_patch(handle: Handle | None, modalities: Tensor | None, budget: int | 
                     "one that reads the media alone: tokencomp.patch(model, ratio, "
                     "reducer='kcenter')."
                 )
-
-
-def run_within(handle: Handle | None, budget: int | None) -> AbstractContextManager[None]:
-    """Block for a part of a session: with a budget, nothing is merged."""
-    if handle is None or budget is None:
-        return contextlib.nullcontext()
-    return handle.dropping()
 
 
 def rows_of(handle: Handle | None, spans: Sequence[VisualSpan], n: int, layers: int) -> int:

@@ -40,8 +40,8 @@ class Session:
     budget
         Largest number of cache rows in the widest layer between calls. Above it, rows of media are
         evicted after every call; kept rows keep their positions, and text is never evicted. None:
-        no limit. A call needs memory for its tokens in addition. With a budget nothing is merged,
-        because a merged token uses as many rows as the tokens that it represents.
+        no limit. A call needs memory for its tokens in addition. A merged token uses one row, and
+        with it all that it represents is evicted.
     policy
         Which rows of media are evicted first: "oldest", or "redundant": patches that look almost
         the same in the newest picture of their place, then the oldest.

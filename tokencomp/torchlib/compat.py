@@ -156,6 +156,18 @@ def attention_implementation(config: Any) -> str:
     return str(getattr(config, "_attn_implementation", None) or "sdpa")
 
 
+def copies_grouped_keys(config: Any) -> bool:
+    """Whether SDPA copies the keys of a text config for all queries of a group if it gets a mask.
+
+    Newer releases attend to grouped keys as they are for a single query (`pack_gqa`).
+    """
+    from transformers.integrations import sdpa_attention
+
+    heads = layer_values(config, "num_attention_heads")
+    kv_heads = layer_values(config, "num_key_value_heads")
+    return not hasattr(sdpa_attention, "pack_gqa") and heads != kv_heads
+
+
 def rotate_vision(
     attn: nn.Module, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -65,10 +65,10 @@ class StaticMaskView(MaskView):
     Parameters
     ----------
     written
-        Number of rows that are written, a tensor.
+        Number of rows that are written, or entry of the first query in the 2-D mask.
     """
 
-    written: Tensor | None = None
+    written: Tensor | int = 0
     is_compileable: ClassVar[bool] = True
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
@@ -155,6 +155,22 @@ def backend_mask(config: Any, visible: Tensor, x: Tensor) -> Any:
         )
     hidden = torch.full((), torch.finfo(x.dtype).min, dtype=x.dtype, device=visible.device)
     return torch.where(visible, hidden.new_zeros(()), hidden)
+
+
+def weighted_mask(mask: Any, logs: Tensor) -> Tensor:
+    """Convert a mask to numbers, which add `logs` to the attention logits of visible keys.
+
+    Parameters
+    ----------
+    mask
+        Of any form, (B or 1, 1, queries, keys); None: every query sees all keys.
+    logs : Tensor, shape (B, 1, 1, keys)
+        Of the dtype of the result. FlexAttention reads the numbers by sample, so that B is the
+        number of samples.
+    """
+    if mask is None:
+        return logs
+    return torch.where(visible_columns(mask), logs, torch.finfo(logs.dtype).min)
 
 
 def only_padding(visible: Tensor, padding: Tensor, past: int) -> bool:
