@@ -31,6 +31,7 @@ TABLES: dict[str, tuple[str, ...]] = {
         "models.tower --cases qwen-video --rounds 1 --part 4",
     ),
     "prefill": ("models.prefill",),
+    "decoding": ("models.decoding",),
     "serving": ("serving.run",),
     "clients": ("serving.clients",),
     "burst": ("serving.burst",),

@@ -54,6 +54,8 @@ def parts(model: str | None, folder: Path) -> tuple[Part, ...]:
     prefill = (*prefill, "--out", f"{files['prefill']}/prefill.jsonl")
     kernels = (*PYTHON, "benchmarks.kernels.run", "--out", str(folder / "kernels/kernels.jsonl"))
     tower = (*PYTHON, "benchmarks.models.tower", "--out", f"{files['tower']}/tower.jsonl")
+    weights = (*PYTHON, "benchmarks.models.decoding", "--out")
+    weights = (*weights, str(folder / "weights" / "decoding.json"))
     accuracy = (*TOKENCOMP, "eval", "--data", "shapesqa", "--tasks", "shapesqa")
     accuracy = (*accuracy, "--output", files["accuracy"])
     serving = (*PYTHON, "benchmarks.gpu.serve_table", "--runs", files["serving"])
@@ -91,6 +93,11 @@ def parts(model: str | None, folder: Path) -> tuple[Part, ...]:
             "decode", "How fast is decoding after a compressed prompt?", 4,
             (*profile("qwen2-vl-2b", 8192, *gpu, *methods), *decoded),
             (*profile("llava-onevision-0.5b", 200, *small, "--reducer", "auto"), *decoded),
+        ),
+        Part(
+            "weights", "What adds the weights of merged tokens sooner: a mask, or wider heads?", 6,
+            (*weights, "--device", "cuda"),
+            (*weights, "--allow-dirty", "--shapes", "qwen2-vl-2b", "--tokens", "64"),
         ),
         Part(
             "memory", "How much memory does a long clip need?", 6,

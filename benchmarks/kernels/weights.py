@@ -141,11 +141,11 @@ def timed() -> dict[str, float]:
 TITLE = "# What does merging with weights cost?"
 BELOW = """`merge=True` adds log(count) to the attention logits of every merged row. During
 prefill, a few additional head dimensions carry it under every attention backend: no kernel is
-replaced and no matrix of rows × rows exists. Afterwards the cache holds a merged row once per
-token that it represents, so a decode step has no weights, no call of ours, and as many rows as
-without a patch. The mask of the last table is the other carrier: it needs SDPA without its flash
-kernel. [What merging is for](../../docs/methods.md#merging). `python -m
-benchmarks.kernels.weights`"""
+replaced and no matrix of rows × rows exists. The cache holds one row for a merged token. A decode
+step adds the logarithms by its mask, without a call per layer, or by the same dimensions where
+attention takes no numbers or would be slower for a mask. The mask of the last table is the other
+carrier in a prefill: it needs SDPA without its flash kernel. [What merging is
+for](../../docs/methods.md#merging). `python -m benchmarks.kernels.weights`"""
 
 
 def page(data: dict[str, Any]) -> str:

@@ -54,7 +54,7 @@ class Piece:
     """One model and one medium: the methods and ratios, and how often each runs.
 
     `tokens` are visual tokens of all `images` or of the video. `extras` are peaks of memory, each
-    of which takes another run, and native texts.
+    of which takes another run, and native texts. `layers` are those of the decoder; None: all.
     """
 
     model: str
@@ -65,6 +65,7 @@ class Piece:
     repeats: int
     extras: bool = True
     images: int = 1
+    layers: int | None = None
 
     @property
     def cases(self) -> list[Case]:
@@ -96,7 +97,8 @@ def setup(piece: Piece, dtype: torch.dtype, device: str) -> tuple[nn.Module, dic
     """
     torch.manual_seed(0)
     name, kind, count = piece.model, piece.kind, piece.images
-    model, _ = shapes.build(name, tokens=1, vision_layers=1, dtype=dtype, device=device)
+    size = {"layers": piece.layers, "vision_layers": 1}
+    model, _ = shapes.build(name, tokens=1, dtype=dtype, device=device, **size)
     config: Any = model.config
     hidden, tokens = config.text_config.hidden_size, piece.tokens // count
     if name.startswith("llava"):

@@ -61,6 +61,7 @@ def test_every_end_is_noted_and_only_what_is_missing_runs_again(
 def test_the_rehearsal_takes_every_part(tmp_path: Path) -> None:
     assert hour.main(["--rehearse", "--out", str(tmp_path)]) == 0
     assert set(statuses(tmp_path).values()) == {"done"}
+    assert (tmp_path / "weights/decoding.md").exists()
     for name in ("decode", "memory"):
         assert json.loads((tmp_path / name / "profile.json").read_text())
     assert (tmp_path / "prefill/prefill.md").exists() and (tmp_path / "tower/tower.md").exists()
