@@ -142,5 +142,5 @@ def test_auto_is_the_recorded_choice() -> None:
         for seed in range(5):
             tokens = dataclasses.replace(matrix.tokens(grid, seed=seed), modalities=[kind[:-1]])
             pair = stage.reducer, make_reducer(name, **chosen)
-            kept = [matrix.kept(one, tokens, 20).rows for one in pair]
+            kept = [matrix.kept(one, tokens, 20).patches for one in pair]
             assert torch.equal(*kept), (kind, seed)
