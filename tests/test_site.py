@@ -31,7 +31,7 @@ def test_the_reference_has_every_method() -> None:
         for name, cls in available_reducers().items()
         if cls.__module__.startswith("tokencomp.")
     }
-    assert dict(hooks().methods()) == ours
+    assert ours and dict(hooks().methods()) == ours
     page = hooks().on_page_markdown((ROOT / "docs" / "api.md").read_text(encoding="utf-8"))
     assert all(f"::: {path}\n" in page for path in ours.values())
 

@@ -264,7 +264,8 @@ def test_padding_under_gradient_checkpointing_is_refused() -> None:
     model, inputs = family.build().train(), family.batch(screens(family))
     with tokencomp.patch(model, reducer="delta", threshold=THRESHOLD):
         model(**inputs, use_cache=False).logits[:, -1].sum().backward()
-        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        assert grads and all(grad.isfinite().all() for grad in grads)
         model.gradient_checkpointing_enable()
         with pytest.raises(OptionError, match="gradient checkpointing with reducer 'delta'"):
             model(**inputs, use_cache=False)

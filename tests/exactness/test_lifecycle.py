@@ -137,7 +137,9 @@ def test_save_pretrained(name: str, tmp_path) -> None:
         model.save_pretrained(tmp_path / "patched")
     model.save_pretrained(tmp_path / "plain")
     plain = tmp_path / "plain"
-    for file in (f for f in plain.rglob("*") if f.is_file()):
+    files = [f for f in plain.rglob("*") if f.is_file()]
+    assert {f.name for f in files} >= {"config.json", "model.safetensors"}
+    for file in files:
         assert file.read_bytes() == (tmp_path / "patched" / file.relative_to(plain)).read_bytes()
     again = family.model_class().from_pretrained(tmp_path / "patched").eval()
     torch.testing.assert_close(again(**inputs).logits, expected, atol=1e-6, rtol=0)

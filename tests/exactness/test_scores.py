@@ -298,8 +298,10 @@ def on_decoder(name: str, **more: Any) -> LlavaOn:
 
 @pytest.mark.parametrize("past", [7, 0])
 @pytest.mark.parametrize("name", DECODERS)
-def test_scores_of_any_attention(name: str, past: int) -> None:
+def test_scores_of_any_attention(name: str, past: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ahead of layer 0, and of layer 1 before it runs; a cache may hold latents, not keys."""
+    if name == "Qwen3_5Text":  # transformers 5.6 and 5.13 fail where no layer keeps a state
+        monkeypatch.setattr(transformers.Cache, "has_previous_state", lambda *_: False)
     family = on_decoder(name) if name != "Ministral3" else Mistral3()
     model = family.build("eager")
     turns, seen = TwoTurns(family, model, past), list[Tensor]()

@@ -39,12 +39,12 @@ every_step = pytest.mark.parametrize("case", matrix.step_cases(), ids=matrix.cas
 @every_step
 def test_budget_and_order(case: Case) -> None:
     """Every span at one ratio in three, which differ from span to span; inputs are left alone."""
-    row = matrix.row(case[0])
+    row, tried = matrix.row(case[0]), 0
     for i, grid in enumerate(matrix.GRIDS):
         given, same, n = matrix.tokens(grid), matrix.tokens(grid), math.prod(grid)
         asked = {row.keep(keep_count(n, 1 - ratio)) for ratio in matrix.RATIOS[i % 3 :: 3]}
         for keep in {k for k in asked if k < n}:
-            got = matrix.reduce(case, given, keep)
+            got, tried = matrix.reduce(case, given, keep), tried + 1
             assert got.patches.dtype == torch.int64
             assert got.patches.tolist() == sorted(set(got.patches.tolist()))
             assert len(got.patches) == keep
@@ -57,6 +57,7 @@ def test_budget_and_order(case: Case) -> None:
             if isinstance(before, torch.Tensor):
                 assert torch.equal(before, after), field.name
         assert all(torch.equal(same.tower[s], given.tower[s]) for s in same.tower)
+    assert tried > 3
 
 
 @every_step
