@@ -180,11 +180,7 @@ def aligned_map(real: Tensor, spans: list[list[VisualSpan]], prompts: list[list[
             _check_visible(real[b, span.start : span.stop], b, span)
         kept.append([KeptSpan(s, row_of[b][s.start], s.length) for s in row])
     moved = [
-        [
-            Prompt(at[p.start], at[p.stop], at[p.question_stop])
-            for p in row
-            if at[p.stop] > at[p.start]
-        ]
+        [Prompt(at[p.start], at[p.stop], at[p.question_stop]) for p in row]
         for at, row in zip(row_of, prompts, strict=True)
     ]
     held = torch.stack([nn.functional.pad(c, (s, 0)) for c, s in zip(columns, shifts, strict=True)])
