@@ -71,7 +71,7 @@ def test_a_padded_batch_is_one_graph(family: Family, compiler: str) -> None:
 
 
 def test_merged_tokens_are_one_graph(family: Family) -> None:
-    """A compiled step knows nothing of weights: rows stand in the cache as often as they count."""
+    """The mask of a step, made inside the graph, adds the logarithms of the weights."""
     if family.name == "kimi_k25":
         pytest.skip("torch has no float64 for its experts")
     model, inputs = family.build(), ragged(family)

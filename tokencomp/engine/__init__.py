@@ -52,7 +52,7 @@ reads row i of the 2-D mask at entry `dropped` + i, and never the entries before
 
 First call: `_map` (`prompt.py`) reads the caller's mask, as `lengths` of samples that are aligned
 to the right; a stage shortens them (`RowMap.keep`); the rows before a shorter sample are padding
-(`RowMap.mask`), whether the caller or a stage made it shorter. `note_prompt` (`gather.py`) gives
+(`RowMap.mask`), whether the caller or a stage made it shorter. `note_prompt` (`cache.py`) gives
 the map to the cache layers.
 
 Second call: `DecoderHooks._enter` (`decoder.py`) finds a compressed cache. (A turn with media goes
@@ -83,5 +83,5 @@ that it represents, in the first call and in all later ones (`weights.py`):
 In the second call, masks are then numbers: log(weight) of every visible key (`Masks.of`). Where
 attention takes no numbers, its heads are wider, as in the first call.
 
-Last, `note_turn` (`gather.py`) stores which rows, of both turns, are real in the cache layers.
+Last, `note_turn` (`cache.py`) stores which rows, of both turns, are real in the cache layers.
 """

@@ -522,3 +522,52 @@ def _compressed_class(plain: type) -> Any:
     compressed: Any = type(f"Compressed{plain.__name__}", (base, plain), members)
     compressed._layer_type = getattr(plain, "_layer_type", None)
     return compressed
+
+
+# -- after a call: what its layers have written ---------------------------------------------------
+
+
+def note_prompt(call: Any, cache: Any, owner: CacheOwner) -> Any:
+    """Store the map of a prompt on the cache; returns its first layer with rows, or None.
+
+    `call` is a `Call`, whose module imports this one.
+    """
+    starts, owner.types = call.first_columns(), call.layer_types
+    first = first_layer(cache)
+    if first is None or first.keys is None:  # checkpointed layers do not write to the cache
+        return None
+    for segment in call.segments:
+        last = segment is call.segments[-1]  # a layer that runs twice has two cache layers
+        layers = cache.layers[segment.first : None if last else segment.stop]
+        # Decoders can leave layers of their cache unused.
+        layers = [x for x in layers if isinstance(x, CacheLayerMixin) and x.is_initialized]
+        if layers:
+            _note_segment(segment, layers, starts, owner)
+    first.row_map = replace(first.row_map, memory=call.memory_after(first))
+    return first
+
+
+def _note_segment(
+    segment: Any, layers: list[Any], starts: Tensor | None, owner: CacheOwner
+) -> None:
+    """Store the map of a segment on its cache layers."""
+    device, batch = layers[0].device, len(segment.new.lengths)
+    row_map = segment.past.append(segment.counted, batch, device)
+    row_map.starts = starts
+    for layer in layers:
+        own = row_map if layer.device == device else row_map.to(layer.device)
+        compress_layer(layer, own, layer is layers[0] and segment.first > 0)
+        layer.owner = owner
+
+
+def note_turn(call: Any, cache: Any) -> None:
+    """Store which rows of the cache are real, if later tokens had padding.
+
+    Cache layers would take it for real rows.
+    """
+    if cache is None or call.segments[0].new.mask() is None:
+        return
+    for segment in call.segments:
+        for layer in cache.layers[segment.first : segment.stop]:
+            if isinstance(layer, CompressedLayer):
+                layer.note_padding(segment.mask(layer.device))

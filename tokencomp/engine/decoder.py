@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import scales_queries
-from tokencomp.engine.cache import CacheOwner, CompressedLayer, first_layer, forget
+from tokencomp.engine.cache import (
+    CacheOwner,
+    CompressedLayer,
+    first_layer,
+    forget,
+    note_prompt,
+    note_turn,
+)
 from tokencomp.engine.call import Call, CallHooks, Noted, RunningCalls, ThreadState
 from tokencomp.engine.checks import (
     PROMPT_CHECKS,
@@ -35,8 +42,6 @@ from tokencomp.engine.checks import (
 from tokencomp.engine.choose import enter
 from tokencomp.engine.gather import (
     gather_arguments,
-    note_prompt,
-    note_turn,
     restore_maps,
     restore_states,
     sequence_lengths,
@@ -284,6 +289,8 @@ class DecoderHooks(CallHooks):
         if not call.spans:  # later tokens
             note_turn(call, cache)
             return out
+        if cache is not call.cache:  # the decoder has made it
+            check_cache(cache, bool(call.plan.layer_stages))
         layer = note_prompt(call, cache, self._owner)
         if call.earlier:
             out = whole_output(out, call.earlier)

@@ -1,7 +1,7 @@
 """The passes `gather` and `restore`: from the columns of the caller to kept rows, and back.
 
 Before the layers, everything with one entry per column is gathered at the kept rows. After them,
-the map of the rows is stored on the cache, and the output gets its full length again:
+the output gets its full length again:
 
     columns of the caller   0  1  2  3  4  5  6  7
     kept rows               0  1        4     6  7      `take`, `gather_arguments`
@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from tokencomp.engine.cache import CacheOwner, CompressedLayer, compress_layer, first_layer
 from tokencomp.engine.call import Call, Segment
-from tokencomp.engine.checks import check_cache
 from tokencomp.engine.rowmap import RowMap
 from tokencomp.torchlib.compat import CACHE_NAMES
 
@@ -179,53 +176,6 @@ def take(
         torch.view_as_complex(row) if t.is_complex() else row
         for row, t in zip(rows, tensors, strict=True)
     ]
-
-
-# -- after the layers: the cache ----------------------------------------------------------------
-
-
-def note_prompt(call: Call, cache: Any, owner: CacheOwner) -> Any:
-    """Store the map of a prompt on the cache; returns its first layer with rows, or None."""
-    if cache is not call.cache:
-        check_cache(cache, bool(call.plan.layer_stages))
-    starts, owner.types = call.first_columns(), call.layer_types
-    first = first_layer(cache)
-    if first is None or first.keys is None:  # checkpointed layers do not write to the cache
-        return None
-    for segment in call.segments:
-        last = segment is call.segments[-1]  # a layer that runs twice has two cache layers
-        layers = cache.layers[segment.first : None if last else segment.stop]
-        # Decoders can leave layers of their cache unused.
-        layers = [x for x in layers if isinstance(x, CacheLayerMixin) and x.is_initialized]
-        if layers:
-            _note_segment(call, segment, layers, starts)
-            for layer in layers:
-                layer.owner = owner
-    first.row_map = replace(first.row_map, memory=call.memory_after(first))
-    return first
-
-
-def _note_segment(call: Call, segment: Segment, layers: list[Any], starts: Tensor | None) -> None:
-    """Store the map of a segment on its cache layers."""
-    device, batch = layers[0].device, len(segment.new.lengths)
-    row_map = segment.past.append(segment.counted, batch, device)
-    row_map.starts = starts
-    for layer in layers:
-        rows = row_map if layer.device == device else row_map.to(layer.device)
-        compress_layer(layer, rows, layer is layers[0] and segment.first > 0)
-
-
-def note_turn(call: Call, cache: Any) -> None:
-    """Store which rows of the cache are real, if later tokens had padding.
-
-    Cache layers would take it for real rows.
-    """
-    if cache is None or call.segments[0].new.mask() is None:
-        return
-    for segment in call.segments:
-        for layer in cache.layers[segment.first : segment.stop]:
-            if isinstance(layer, CompressedLayer):
-                layer.note_padding(segment.mask(layer.device))
 
 
 # -- after the layers: the output ---------------------------------------------------------------

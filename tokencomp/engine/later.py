@@ -82,7 +82,8 @@ class LaterTokens:
         layer = first_layer(compat.get_cache(inputs))
         if not isinstance(layer, CompressedStaticLayer):
             return not stages and not isinstance(layer, CompressedLayer)
-        if layer.row_map.weights is not None and self._carrier(layer, masked=True).numbers is None:
+        weighted = layer.row_map.weights is not None
+        if weighted and self._carrier(layer.keys, masked=True).numbers is None:
             return False  # heads are widened between the graphs
         return _width(inputs) == 1 and not self.adapter.feature_modalities(inputs)
 
