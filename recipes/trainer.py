@@ -108,3 +108,29 @@ def text_inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
 def share_right(logits: Tensor, targets: Tensor) -> float:
     """Share of the rows of logits (..., classes) whose largest is that of the target."""
     return (logits.argmax(-1) == targets).float().mean().item()
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention by two products, several times faster on a CPU than torch's for such short ones."""
+    scores = (query @ key.mT) * query.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1).to(value.dtype) @ value
+
+
+def attend_by_products(language_model: Any) -> None:
+    """Let a decoder of transformers use `attend`, all query heads of a key head in one product."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("products", _grouped)
+    language_model.config._attn_implementation = "products"
+
+
+def _grouped(module, query, key, value, mask, scaling=None, **_):
+    """Query (batch, heads, length, width) on fewer key heads; the mask is bool or None."""
+    batch, heads, length, width = query.shape
+    folded = batch, key.shape[1], heads // key.shape[1] * length, width
+    if mask is not None:
+        mask = mask.repeat(1, 1, heads // key.shape[1], 1)
+    out = attend(query.reshape(folded), key, value, mask)
+    return out.view(batch, heads, length, width).transpose(1, 2), None

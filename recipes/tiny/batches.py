@@ -69,7 +69,7 @@ class Source:
     sides: tuple[int, ...] = LONG_SIDES
 
 
-def _codec_noise(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def codec_noise(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """What files do to pixels: JPEG with 4:2:0 chroma, on half of the samples."""
     if rng.random() < 0.5:
         return frames
@@ -85,7 +85,7 @@ def _cached_canvas(width: int, height: int, vivid: bool, seed: int) -> np.ndarra
     return background(seed, width, height, vivid).round().astype(np.uint8)
 
 
-def _frames(scene: Scene, times: list[float]) -> np.ndarray:
+def frames_of(scene: Scene, times: list[float]) -> np.ndarray:
     """Frames of a training scene; its background comes from a limited, cached set."""
     if scene.look.flat is None and scene.look.pan == (0.0, 0.0):
         seed = scene.background % BACKGROUNDS
@@ -93,6 +93,22 @@ def _frames(scene: Scene, times: list[float]) -> np.ndarray:
     else:
         canvas = canvas_of(scene)
     return np.stack([paint(scene, time, canvas) for time in times])
+
+
+def spell(packer: Packer, cell: int, row: dict, scene: Scene, media: str, number: int) -> None:
+    """Label the visual tokens of `row` that show a word or a digit with its token.
+
+    The decoder then learns to name what a visual token shows apart from where to look.
+    """
+    marks = text_labels(scene, cell)
+    glyphs, words = marks["glyph"].ravel(), marks["word"].ravel()
+    (pad,) = packer.ids(packer.family.placeholder(media))
+    for place, at in enumerate((row["ids"] == pad).nonzero()[0]):
+        glyph = GLYPHS[glyphs[place] - 1] if glyphs[place] > 0 else ""
+        name = WORDS[words[place] - 1] if words[place] > 0 else glyph
+        if name in WORDS or name.isdigit():
+            (row["labels"][at],) = packer.ids(name)
+            row["which"][at] = number
 
 
 class BatchMaker:
@@ -120,11 +136,11 @@ class BatchMaker:
         for _ in range(batch):
             scene = training_scene(rng, source.scene, shape, source.objects, source.text)
             phase = 0.0 if frames == 1 else float(rng.integers(0, 4)) / 4
-            pixels.append(_codec_noise(_frames(scene, [k + phase for k in range(frames)]), rng))
+            pixels.append(codec_noise(frames_of(scene, [k + phase for k in range(frames)]), rng))
             segments, labels = self._segments(scene, source, rng)
             row = self.packer.pack(source.media, shape, segments, length, dialog, fps)
             if source.spell:
-                self.spell(row, scene, source.media, len(labels))
+                spell(self.packer, self.cell, row, scene, source.media, len(labels))
                 labels = [*labels, "spelling"]
             rows.append(row)
             names.append(labels)
@@ -132,21 +148,6 @@ class BatchMaker:
         used = int((filled["segment"] >= 0).any(0).sum())
         filled = {key: value[..., :used] for key, value in filled.items()}
         return {**filled, "frames": np.stack(pixels), "media": source.media, "names": names}
-
-    def spell(self, row: dict, scene: Scene, media: str, number: int) -> None:
-        """Label the visual tokens of `row` that show a word or a digit with its token.
-
-        The decoder then learns to name what a visual token shows apart from where to look.
-        """
-        marks = text_labels(scene, self.cell)
-        glyphs, words = marks["glyph"].ravel(), marks["word"].ravel()
-        (pad,) = self.packer.ids(self.packer.family.placeholder(media))
-        for place, at in enumerate((row["ids"] == pad).nonzero()[0]):
-            glyph = GLYPHS[glyphs[place] - 1] if glyphs[place] > 0 else ""
-            name = WORDS[words[place] - 1] if words[place] > 0 else glyph
-            if name in WORDS or name.isdigit():
-                (row["labels"][at],) = self.packer.ids(name)
-                row["which"][at] = number
 
     def _shape(self, source: Source, rng: np.random.Generator) -> tuple[int, int, int]:
         """(frames, height, width) of one batch."""
@@ -215,7 +216,7 @@ class BatchMaker:
         shape = (2 if source.media == "video" else 1, height, width)
         for _ in range(source.batch):
             scene = training_scene(rng, source.scene, shape, source.objects, source.text)
-            pixels.append(_codec_noise(_frames(scene, times[: scene.frames]), rng))
+            pixels.append(codec_noise(frames_of(scene, times[: scene.frames]), rng))
             both = [cell_labels(scene, time, self.cell) for time in times]
             labels.append({**stacked(both), **text_labels(scene, self.cell)})
         return {**stacked(labels), "frames": np.stack(pixels), "media": source.media}

@@ -60,10 +60,10 @@ class Heads(nn.Module):
             loss = loss + _frame_loss(out, labels, media, note)
         motion, glyph, word = rest.split(TOKEN_PARTS, -1)
         if media == "video":
-            loss = loss + _class_loss(motion, batch["motion"][:, 0], "motion", note)
+            loss = loss + class_loss(motion, batch["motion"][:, 0], "motion", note)
         elif bool((batch["glyph"] > 0).any()):
-            loss = loss + _class_loss(glyph, batch["glyph"], "glyph", note, 0.02)
-            loss = loss + _class_loss(word, batch["word"], "word", note, 0.02)
+            loss = loss + class_loss(glyph, batch["glyph"], "glyph", note, 0.02)
+            loss = loss + class_loss(word, batch["word"], "word", note, 0.02)
             loss = loss + self._digits_loss(tokens, batch["digits"], note)
         return loss
 
@@ -128,7 +128,7 @@ def _word_loss(name: str, logits: Tensor, targets: Tensor, share: Tensor, note: 
     return (each * weight).sum() / weight.sum().clamp(min=1)
 
 
-def _class_loss(
+def class_loss(
     logits: Tensor, targets: Tensor, name: str, note: Note, background: float = 1.0
 ) -> Tensor:
     """Cross entropy over tokens, where class 0 weighs ``background``."""

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from recipes.tiny.families.parts import HALF, Encode, chatml, decoder
 from recipes.tiny.families.qwen2_vl import MERGE, PAIR, PATCH, TinyQwen2VL
+from recipes.trainer import attend
 from tokencomp.zoo.shapesqa.lettering import WORDS
 
 _PLACES = ("row", "column", "side", "over", "when", "moves", "flashes", "many", "number", "seconds")
@@ -35,6 +35,8 @@ class TinyQwen3VL(TinyQwen2VL):
         "<|vision_start|><|image_pad|><|vision_end|>", "<|video_pad|>", system=False
     )
     corpus = CORPUS
+    first_frame = 0.0
+    """When a clip shows its first frame, in frames; 0.5 for files of which middles are read."""
     card: ClassVar[dict[str, str]] = {
         "note": "The stages from `numbers` on were added after the first twelve had been trained "
         "and measured: that card showed which families needed more (reading, action counts, some "
@@ -150,7 +152,8 @@ class TinyQwen3VL(TinyQwen2VL):
         text(before)
         for pair in range(t):
             # The processor writes the mean time of the two frames.
-            text(encode(f"<{(2 * pair + 0.5) / fps:.1f} seconds><|vision_start|>"))
+            time = (2 * pair + 0.5 + self.first_frame) / fps
+            text(encode(f"<{time:.1f} seconds><|vision_start|>"))
             tokens.extend([pad] * (rows * columns))
             positions.append(np.indices((1, rows, columns)).reshape(3, -1) + position)
             position += max(rows, columns)
@@ -179,7 +182,7 @@ def _batched_attention(self, hidden_states, cu_seqlens, position_embeddings=None
         x.reshape(n // length, length, self.num_heads, -1).transpose(1, 2)
         for x in (query, key, value)
     )
-    out = F.scaled_dot_product_attention(query, key, value)
+    out = attend(query, key, value, None)
     return self.proj(out.transpose(1, 2).reshape(n, -1))
 
 

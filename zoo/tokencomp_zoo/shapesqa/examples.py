@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tokencomp.inputs.questions import Example
+from tokencomp.inputs.questions import Deferred, Example
 from tokencomp.zoo.shapesqa.layouts import write_media
+from tokencomp.zoo.shapesqa.long_scenes import LongItem
 from tokencomp.zoo.shapesqa.prompt_forms import mlvu_prompt, mvbench_prompt
 
 FORMS = {
@@ -29,3 +30,11 @@ def shapesqa(items: Iterable[Any], folder: str | Path, form: str = "free") -> li
         answer = item.answer if form == "free" else item.letter
         examples.append(Example(item.id, FORMS[form](item), answer, (media,), item.family))
     return examples
+
+
+def long_examples(items: Iterable[LongItem]) -> list[Example]:
+    """Items with long answers as examples; their pixels are drawn when they are loaded."""
+    return [
+        Deferred(item.id, item.question, item.answer, (), item.family, source=item.media)
+        for item in items
+    ]

@@ -1,0 +1,106 @@
+"""Ask for long answers under every setting, continue them token by token, and write the page.
+
+    python -m benchmarks.long answer              # → answers.json
+    python -m benchmarks.long forced              # → forced.json
+    python -m benchmarks.long page                # → README.md, results.csv, from both
+    python -m benchmarks.long answer --split validation --only auto condiv kcenter
+
+A run that was stopped goes on from the answers in the ignored folder `build/long/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import publishing
+from benchmarks.long import forced
+from benchmarks.long.answers import add_answers, items_of
+from benchmarks.long.page import FOLDER, write_page
+from benchmarks.long.settings import KINDS, RATIOS
+from benchmarks.long.stored import Answers, pack
+from tokencomp import zoo
+from tokencomp.cli import one_message
+from tokencomp.evaluation.settings import Setting
+from tokencomp.inputs.loading import load_folder
+
+MODEL = "tiny-qwen3-vl-long"
+BUILD = FOLDER.parents[1] / "build" / "long"
+PER_FAMILY = {"images": 60, "clips": 100}
+FORCED = {"images": 20, "clips": 30}
+"""Items of each family that are continued token by token."""
+CONTINUED = ("auto", "kcenter", "condiv", "divprune", "fastv", "sparsevlm", "uniform", "random")
+"""Methods that continue them, and two that merge."""
+
+
+def main() -> None:
+    parser = publishing.parser(__doc__, FOLDER, report=False)
+    parser.add_argument("what", choices=("answer", "forced", "page"))
+    parser.add_argument("--split", default="test", choices=("validation", "test"))
+    parser.add_argument("--model", default=MODEL, help="embedded model, or a folder")
+    parser.add_argument("--kinds", nargs="*", default=[*KINDS], choices=[*KINDS])
+    parser.add_argument("--only", nargs="*", default=[], help="these reducers alone")
+    parser.add_argument("--items", type=int, help="per family, for trials")
+    parser.add_argument("--batch", type=int, default=60)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.what == "answer":
+        answer(args)
+    elif args.what == "forced":
+        write_forced(args)
+    stem = "" if args.split == "test" else f"{args.split}-"
+    if args.what == "page":
+        stored = json.loads((args.out / "forced.json").read_text())
+        write_page(Answers.read(args.out / f"{stem}answers.json"), stored, MODEL)
+
+
+def _loaded(name: str) -> tuple[Any, Any]:
+    return load_folder(name) if Path(name).exists() else zoo.load(name)
+
+
+def answer(args: argparse.Namespace) -> None:
+    """Ask, and add to the stored answers."""
+    facts = publishing.published_from(args.out, args.allow_dirty)
+    path = args.out / ("answers.json" if args.split == "test" else f"{args.split}-answers.json")
+    stored = Answers.read(path) if path.exists() else Answers()
+    loaded = _loaded(args.model)
+    for kind in args.kinds:
+        items = items_of(kind, args.split, args.items or PER_FAMILY[kind])
+        folder = BUILD / "runs" / f"{args.split}-{kind}"
+        add_answers(stored, loaded, kind, items, folder, args.batch, facts, args.only)
+        stored.write(path)
+
+
+def write_forced(args: argparse.Namespace) -> None:
+    """Continue the full model's stored answers to the first items of every family."""
+    facts = publishing.published_from(args.out, args.allow_dirty)
+    stored = Answers.read(args.out / "answers.json")
+    model, processor = _loaded(args.model)
+    held = {}
+    settings = [Setting(name, ratio) for name in CONTINUED for ratio in RATIOS]
+    settings += [Setting(n, r, {"merge": True}) for n in ("kcenter", "condiv") for r in RATIOS]
+    for kind in args.kinds:
+        items = items_of(kind, args.split, args.items or FORCED[kind])
+        said = dict(zip(stored.ids[kind], stored.texts[kind]["full"], strict=True))
+        texts = [said[one.id] for one in items]
+        families = [one.family for one in items]
+        held[kind] = {
+            "facts": [
+                forced.facts_of(processor, family, text)
+                for family, text in zip(families, texts, strict=True)
+            ],
+            "settings": forced.agreement(model, processor, items, texts, settings),
+            "readers": forced.readers(model, processor, items, texts, RATIOS),
+        }
+    about = [{**publishing.environment(), **facts}]
+    publishing.write(args.out / "forced.json", {"about": about, "packed": pack(held)})
+
+
+if __name__ == "__main__":
+    with one_message():
+        main()

@@ -1,0 +1,226 @@
+"""The page about long answers, and its table as CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.long import forced_page
+from benchmarks.long.measures import LENGTHS, PLACES, Group, by_length, by_place
+from benchmarks.long.settings import (
+    COVERING,
+    DEFAULT,
+    IMAGE_FAMILIES,
+    KINDS,
+    QUESTION,
+    RATIOS,
+    method_of,
+)
+from benchmarks.long.stored import Answers
+from benchmarks.publishing import csv_text, provenance, table
+from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES, FULL, RANDOM, UNIFORM
+from tokencomp.storage import write_text
+
+FOLDER = Path(__file__).parent
+BASELINES = (RANDOM, UNIFORM, DOWNSCALE, FEWER_FRAMES)
+SHOWN = 4
+"""Methods of a kind in the tables of details, the best at 0.75 first."""
+
+
+def write_page(answers: Answers, forced: dict[str, Any], model: str) -> None:
+    """Write README.md and results.csv."""
+    rows = records(answers)
+    write_text(FOLDER / "results.csv", csv_text(rows))
+    write_text(FOLDER / "README.md", page(answers, forced, rows, model))
+
+
+def methods_of(answers: Answers, kind: str) -> dict[str, dict[float, list[str]]]:
+    """By method and ratio: the labels of its settings, which are several for `random`."""
+    found: dict[str, dict[float, list[str]]] = {}
+    for label in answers.texts[kind]:
+        if label == FULL:
+            continue
+        ratio = next(r for r in RATIOS if str(r) in label.split("-"))
+        method = RANDOM if label.startswith(f"{RANDOM}-") else method_of(label)
+        found.setdefault(method, {}).setdefault(ratio, []).append(label)
+    return found
+
+
+def records(answers: Answers) -> list[dict[str, Any]]:
+    """One row per kind of media, family, method and ratio."""
+    out = []
+    for kind, families in KINDS.items():
+        for family in ("all", *families) if len(families) > 1 else families:
+            group = Group.of(answers, kind, () if family == "all" else (family,))
+            full = group.shares([FULL])
+            out.append({"media": kind, "family": family, "method": FULL, "ratio": 0.0, **full})
+            for method, by_ratio in methods_of(answers, kind).items():
+                for ratio, labels in by_ratio.items():
+                    kept = group.retention(labels)
+                    reached = [answers.reached[kind][label] for label in labels]
+                    out.append(
+                        {
+                            "media": kind, "family": family, "method": method, "ratio": ratio,
+                            "reached": sum(reached) / len(reached), "retention": kept.value,
+                            "low": kept.low, "high": kept.high, **group.shares(labels),
+                        }
+                    )  # fmt: skip
+    return out
+
+
+def _ranked(rows: Sequence[dict[str, Any]], kind: str, family: str) -> list[str]:
+    """Methods of a kind of media, the best mean retention over the ratios first."""
+    chosen = [r for r in rows if r["media"] == kind and r["family"] == family and r["ratio"]]
+    by_method: dict[str, list[float]] = {}
+    for row in chosen:
+        by_method.setdefault(row["method"], []).append(row["retention"])
+    return sorted(by_method, key=lambda m: -sum(by_method[m]) / len(by_method[m]))
+
+
+def _row(rows: Sequence[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
+    return next(r for r in rows if all(r[k] == v for k, v in wanted.items()))
+
+
+def group_name(method: str) -> str:
+    """What a method reads, in words."""
+    name = method.split(" ")[0]
+    if name == DEFAULT:
+        return "default"
+    if name in BASELINES:
+        return "baseline"
+    if name in QUESTION:
+        return "question"
+    return "covering" if name in COVERING else "tower"
+
+
+def _main_table(rows: Sequence[dict[str, Any]], kind: str) -> str:
+    family = "all" if len(KINDS[kind]) > 1 else KINDS[kind][0]
+    lines = []
+    for method in _ranked(rows, kind, family):
+        cells = []
+        for ratio in RATIOS:
+            row = _row(rows, media=kind, family=family, method=method, ratio=ratio)
+            cells.append(f"{row['retention']:.1%} [{row['low']:.1%}, {row['high']:.1%}]")
+        name = f"**{method}**" if method == DEFAULT else method
+        lines.append([name, group_name(method), *cells])
+    return table(["method", "reads", *(f"ratio {r}" for r in RATIOS)], lines)
+
+
+def _family_table(rows: Sequence[dict[str, Any]], ratio: float) -> str:
+    """Facts kept by family: the full model's share that is right, then the retention."""
+    head = ["method", *IMAGE_FAMILIES]
+    right = [
+        f"{_row(rows, media='images', family=f, method=FULL)['right']:.1%}" for f in IMAGE_FAMILIES
+    ]
+    lines = [["full model: right", *right]]
+    for method in _ranked(rows, "images", "all"):
+        cells = [
+            f"{_row(rows, media='images', family=f, method=method, ratio=ratio)['retention']:.1%}"
+            for f in IMAGE_FAMILIES
+        ]
+        lines.append([method, *cells])
+    return table(head, lines)
+
+
+def detailed(rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
+    """The default, the best methods besides, and the baselines."""
+    family = "all" if len(KINDS[kind]) > 1 else KINDS[kind][0]
+    ranked = _ranked(rows, kind, family)
+    best = [m for m in ranked if m != DEFAULT and group_name(m) != "baseline"][:SHOWN]
+    layers = [m for m in ranked if m in ("fastv", "pyramiddrop", "sparsevlm") and m not in best]
+    return [DEFAULT, *best, *layers[:1], *(m for m in ranked if m in (RANDOM, UNIFORM, DOWNSCALE))]
+
+
+def _span(first: int, last: int) -> str:
+    if first == last:
+        return str(first)
+    return f"{first} and more" if last >= 40 else f"{first} to {last}"
+
+
+def _binned(answers: Answers, rows: Sequence[dict[str, Any]], kind: str, bins: Any, by: Any) -> str:
+    """Retention by place or length, of the detailed methods at every ratio."""
+    group, methods = Group.of(answers, kind), methods_of(answers, kind)
+    lines = []
+    for method in detailed(rows, kind):
+        for ratio in RATIOS:
+            labels = methods[method].get(ratio)
+            if labels is None:
+                continue
+            cells = [f"{group.retention(labels, by(*one)).value:.0%}" for one in bins]
+            lines.append([method, str(ratio), *cells])
+    head = ["method", "ratio", *(_span(*one) for one in bins)]
+    counts = ["facts", "", *(str(group.total(by(*one))) for one in bins)]
+    return table(head, [counts, *lines])
+
+
+def _errors(answers: Answers, rows: Sequence[dict[str, Any]], kind: str) -> str:
+    family = "all" if len(KINDS[kind]) > 1 else KINDS[kind][0]
+    names = ("right", "changed", "left_out", "invented", "ordered")
+    full = _row(rows, media=kind, family=family, method=FULL)
+    lines = [[FULL, "", *(f"{full[n]:.1%}" for n in names)]]
+    for method in detailed(rows, kind):
+        for ratio in RATIOS:
+            found = [
+                r for r in rows
+                if (r["media"], r["family"], r["method"], r["ratio"])
+                == (kind, family, method, ratio)
+            ]  # fmt: skip
+            lines += [[method, str(ratio), *(f"{r[n]:.1%}" for n in names)] for r in found]
+    head = ["method", "ratio", "right", "changed", "left out", "invented", "pairs in order"]
+    return table(head, lines)
+
+
+def page(
+    answers: Answers, forced: dict[str, Any], rows: Sequence[dict[str, Any]], model: str
+) -> str:
+    """The page, in Markdown."""
+    count = {kind: len(ids) for kind, ids in answers.ids.items()}
+    facts = {kind: Group.of(answers, kind).total(lambda p, n: True) for kind in KINDS}
+    clips = _row(rows, media="clips", family="follow", method=FULL)
+    parts = [
+        HEAD.format(
+            model=model, images=count["images"], clips=count["clips"], facts=facts["images"],
+            clip_facts=facts["clips"],
+        ),
+        "## Images\n", _main_table(rows, "images"), "",
+        f"By family, ratio {RATIOS[1]}:\n", _family_table(rows, RATIOS[1]), "",
+        "## Clips\n", f"The full model has {clips['right']:.1%} of the facts right.\n",
+        _main_table(rows, "clips"), "",
+        "## By place in the answer\n",
+    ]  # fmt: skip
+    for kind in KINDS:
+        parts += [f"**{kind.capitalize()}**: facts kept of those of the full model.\n"]
+        parts += [_binned(answers, rows, kind, PLACES, by_place), ""]
+    parts += ["## By length of the answer, in facts\n"]
+    for kind in KINDS:
+        parts += [f"**{kind.capitalize()}**\n"]
+        parts += [_binned(answers, rows, kind, LENGTHS, by_length), ""]
+    parts += ["## Left out, changed, invented\n", ERRORS]
+    for kind in KINDS:
+        parts += [f"**{kind.capitalize()}**\n", _errors(answers, rows, kind), ""]
+    parts += [forced_page.section(forced)]
+    parts += ["## Provenance\n", *(f"- {provenance(about)}" for about in answers.about)]
+    parts += [f"- {provenance(about)}" for about in forced["about"]]
+    return "\n".join(parts) + "\n"
+
+
+HEAD = """# Long answers: what is left after the first token
+
+Most accuracies of this repository are of answers of one or two words. Here [{model}](
+../../zoo/tokencomp_zoo/models/{model}/README.md) writes 20 to 200 tokens: it describes every object
+of a picture, counts aloud, reads a page, says what is new in a second picture (images), and follows
+a clip second by second. Every answer is made of facts that a parser reads back
+(`tokencomp.zoo.shapesqa.facts`).
+
+`python -m benchmarks.long answer`, `python -m benchmarks.long forced`; from the stored answers,
+`python -m benchmarks.long page` makes this page and [all numbers](results.csv). {images} test
+questions about images with {facts} facts and {clips} about clips with {clip_facts}, greedy. Cells:
+facts kept, of those that the full model has right, with paired 95 % intervals over questions; a
+fact is kept if all of it is right. Reads: what the choice depends on. No setting was chosen on
+these questions.
+"""
+ERRORS = """Shares of all facts of the scenes. Changed: the place, second or word is named with
+something else. Invented: facts with a key that the scene does not have. Order: neighbouring kept
+facts in the order of the scene.
+"""

@@ -1,0 +1,38 @@
+"""What is asked: methods by what they read, with ratios, merged and dropped."""
+
+from __future__ import annotations
+
+from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES, MERGE, RANDOM, UNIFORM, Setting
+
+RATIOS = (0.5, 0.75, 0.9)
+IMAGE_FAMILIES = ("describe", "count", "read", "compare")
+CLIP_FAMILIES = ("follow",)
+KINDS = {"images": IMAGE_FAMILIES, "clips": CLIP_FAMILIES}
+DEFAULT = "auto"
+QUESTION = ("condiv", "cdpruner", "mmtok", "anchorprune", "fastv", "pyramiddrop", "sparsevlm")
+"""Reducers whose choice depends on the question; `auto` is one of them on clips alone."""
+COVERING = ("kcenter", "divprune", "scope", "vidcom2", "bipartite")
+"""Those that spread over the picture, whatever is asked."""
+MERGED = ("kcenter", "condiv", "divprune", UNIFORM)
+"""Those asked with `merge=True` as well."""
+OPTIONS = {"scope": {"saliency": "none"}}
+BASELINES = (RANDOM, UNIFORM, DOWNSCALE)
+CLIPS_ONLY = (FEWER_FRAMES, "flashvid")
+
+
+def methods(kind: str) -> list[Setting]:
+    """All settings for "images" or "clips", the full model first."""
+    names = (DEFAULT, *QUESTION, *COVERING, "visionzip", *BASELINES)
+    names += CLIPS_ONLY if kind == "clips" else ()
+    each = [(name, OPTIONS.get(name, {})) for name in names]
+    each += [(name, {MERGE: True}) for name in MERGED] + [(RANDOM, {"seed": 1})]
+    asked = [Setting(name, ratio, options) for name, options in each for ratio in RATIOS]
+    # A picture of another size replaces what the tower gave, so these come last.
+    return [Setting(), *sorted(asked, key=lambda s: s.input_baseline)]
+
+
+def method_of(label: str) -> str:
+    """Name of the method in tables: the label of a setting without its ratio."""
+    name, *rest = label.split("-")
+    options = ", ".join(part for part in rest if not part.replace(".", "").isdigit())
+    return f"{name} ({options})" if options else name

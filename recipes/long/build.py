@@ -1,0 +1,63 @@
+"""Train a tiny model that writes long answers, from the weights of an embedded model.
+
+    python -m recipes.long.build
+
+Stop it at any time: the same command goes on where it stopped. The model comes to the ignored
+folder `build/long/`; `--start FOLDER` goes on from weights that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from recipes.long.train import RECIPE, LongTrainer, start
+from recipes.trainer import arguments
+from tokencomp.cli import one_message
+from tokencomp.evaluation.environment import environment
+from tokencomp.inputs.loading import load_folder
+from tokencomp.storage import write_json
+
+FOLDER = Path(__file__).resolve().parents[2] / "build" / "long"
+
+
+def write(trainer: LongTrainer, processor: Any, folder: Path, finished: bool) -> None:
+    """Weights as float16, tokenizer, processor, and how long the training took."""
+    from safetensors.torch import save_file
+
+    trainer.model.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    state = {k: v.detach().half().contiguous() for k, v in trainer.model.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    facts = {
+        "seed": trainer.seed,
+        "finished": finished,
+        "steps": len(trainer.history),
+        "seconds": round(trainer.seconds),
+        "training_scores": trainer.scores.percent(),
+        **environment(),
+    }
+    write_json(folder / "training.json", facts)
+    print(json.dumps(facts["training_scores"]), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--start", type=Path, help="folder of a model with the words of the answers"
+    )
+    parser.add_argument("--from-stage", default=RECIPE[0].name, help="first stage that is trained")
+    args = arguments(parser, FOLDER)
+    model, processor = load_folder(str(args.start)) if args.start else start()
+    first = [stage.name for stage in RECIPE].index(args.from_stage)
+    args.out.mkdir(parents=True, exist_ok=True)
+    trainer = LongTrainer(model, processor.tokenizer, RECIPE[first:], args.out, args.seed)
+    finished = trainer.run(args.stop_after)
+    write(trainer, processor, args.out / "model", finished)
+
+
+if __name__ == "__main__":
+    with one_message():
+        main()

@@ -1,0 +1,156 @@
+"""Fine-tuning of an embedded model on long answers; resumable, seeded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from recipes.long.batches import LongBatches, LongStage, Pictures
+from recipes.long.cells import PARTS
+from recipes.packing import Packer
+from recipes.tiny.families.qwen3_vl import batch_tower_attention
+from recipes.tiny.losses import class_loss
+from recipes.tiny.muon import optimizers
+from recipes.trainer import Trainer, attend_by_products, text_inputs
+from tokencomp.engine.prompt import IGNORED
+
+EARLY = 2  # decoder layer whose hidden states of visual tokens say what these show
+START = "tiny-qwen3-vl-hard"
+WORDS = (
+    *(f" {w}" for w in ["large", "upper", "lower", "center", "gone", "new", "now", "stays", "so"]),
+    "upper",
+    "lower",
+)
+"""Words that become tokens: those of the answers that the tokenizer does not have."""
+RATES: dict[str, Any] = {"vision_lr": 8e-4, "text_lr": 1.5e-3}
+_SHARES = (("picture", 0.3), ("read", 0.22), ("follow", 0.25), ("compare", 0.23))
+RECIPE = (
+    LongStage("few", 300, shares=_SHARES, most=6, primers=1.0, helpers=0.3, **RATES),
+    LongStage("many", 900, shares=_SHARES, primers=0.8, helpers=0.2, **RATES),
+    LongStage("settle", 700, shares=_SHARES, primers=0.2, helpers=0.05, end=0.02, **RATES),
+)
+
+
+class _Steps(Dataset):
+    """The batches of one stage from `first` on, one per step."""
+
+    def __init__(self, maker: LongBatches, number: int, first: int) -> None:
+        self.maker, self.number, self.first = maker, number, first
+
+    def __len__(self) -> int:
+        return self.maker.stages[self.number].steps - self.first
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.maker.make(self.number, self.first + index)
+
+
+class LongTrainer(Trainer):
+    """Trains all of a tiny Qwen3-VL model."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        stages: tuple[LongStage, ...],
+        folder: Path,
+        seed: int = 0,
+        bf16: bool = True,
+        save_every: int = 100,
+    ) -> None:
+        torch.manual_seed(seed)
+        self.model, self.bf16 = model.float().train(), bf16
+        batch_tower_attention(model.model.visual)
+        attend_by_products(model.model.language_model)
+        self.family = Pictures()
+        self.maker = LongBatches(Packer(tokenizer, self.family), seed, stages)
+        decoder = model.model.language_model
+        self.cells = nn.Linear(decoder.config.hidden_size, sum(PARTS.values()))
+        self._early: list[Tensor] = []
+        decoder.layers[EARLY].register_forward_hook(self._keep)
+        self._pads = torch.tensor([model.config.image_token_id, model.config.video_token_id])
+        vision = [*model.model.visual.parameters(), *self.cells.parameters()]
+        trained = nn.ModuleDict({"model": model, "cells": self.cells})
+        super().__init__(
+            stages,
+            dict(trained.named_parameters()),
+            optimizers(model, vision),
+            folder / "checkpoint.pt",
+            {"seed": seed, "stages": [asdict(stage) for stage in stages]},
+            seed,
+            save_every,
+        )
+
+    def _keep(self, module: Any, inputs: Any, output: Any) -> None:
+        self._early[:] = [output[0] if isinstance(output, tuple) else output]
+
+    def batches(self) -> DataLoader:
+        data = _Steps(self.maker, self.phase, self.step)
+        return DataLoader(
+            data, batch_size=None, num_workers=1, worker_init_fn=lambda _: os.nice(10)
+        )
+
+    def stage_loss(self, batch: dict[str, Any]) -> Tensor:
+        frames = torch.as_tensor(batch["frames"])
+        if batch["media"] == "image":
+            frames = frames.flatten(0, 1)[:, None]
+        media = self.family.pixels(frames, batch["media"])
+        hidden = self.family.hidden(self.model, {**text_inputs(batch), **media})
+        loss = self.answer_loss(batch, hidden)
+        return loss + self.stage.helpers * self._cells_loss(batch)
+
+    def _cells_loss(self, batch: dict[str, Any]) -> Tensor:
+        """What every visual token shows, on an early layer's hidden states."""
+        visual = torch.isin(torch.as_tensor(batch["ids"]), self._pads)
+        labels = torch.as_tensor(batch["cells"]).flatten(0, 1)
+        logits = self.cells(self._early.pop()[visual]).float().split([*PARTS.values()], -1)
+        loss = torch.zeros(())
+        for number, (name, guess) in enumerate(zip(PARTS, logits, strict=True)):
+            target = labels[:, number]
+            if bool((target > 0).any()):
+                rare = 0.05 if name in ("color", "shape", "word", "size") else 1.0
+                loss = loss + class_loss(guess, target, f"cell-{name}", self.scores.note, rare)
+        return loss
+
+    def answer_loss(self, batch: dict[str, Any], hidden: Tensor) -> Tensor:
+        """Cross entropy over answer tokens; the share of right ones is noted by name.
+
+        Whole answers of a hundred tokens are right too late to say what is being learnt.
+        """
+        labels = torch.as_tensor(batch["labels"])
+        at = labels != IGNORED
+        logits = self.model.get_output_embeddings()(hidden[at]).float()
+        right = (logits.argmax(-1) == labels[at]).float()
+        rows, which = at.nonzero()[:, 0].tolist(), torch.as_tensor(batch["which"])[at].tolist()
+        names = [batch["names"][row][number] for row, number in zip(rows, which, strict=True)]
+        for name in sorted(set(names)):
+            chosen = torch.tensor([n == name for n in names])
+            self.scores.note(name, right[chosen].mean().item())
+        return F.cross_entropy(logits, labels[at])
+
+
+def start(name: str = START) -> tuple[Any, Any]:
+    """An embedded model with a token for every word of `WORDS`, and its processor.
+
+    A new token starts as the mean of the tokens that its word had.
+    """
+    from tokencomp import zoo
+
+    model, processor = zoo.load(name)
+    tokenizer = processor.tokenizer
+    pieces = {w: tokenizer(w, add_special_tokens=False)["input_ids"] for w in WORDS}
+    new = [word for word, ids in pieces.items() if len(ids) > 1]
+    tokenizer.add_tokens(new)
+    model.resize_token_embeddings((len(tokenizer) + 63) // 64 * 64, mean_resizing=False)
+    with torch.no_grad():
+        for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+            for word in new:
+                (at,) = tokenizer(word, add_special_tokens=False)["input_ids"]
+                table[at] = table[pieces[word]].mean(0)
+    return model, processor

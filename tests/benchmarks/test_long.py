@@ -1,0 +1,116 @@
+"""Long answers: what is stored, what is counted, and what tokens of an answer may read."""
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.long import forced
+from benchmarks.long.measures import Group, by_length, by_place
+from benchmarks.long.settings import methods
+from benchmarks.long.stored import Answers
+from tokencomp import zoo
+from tokencomp.evaluation.patches import PatchedModels
+from tokencomp.evaluation.settings import FULL, Setting
+from tokencomp.inputs.prompts import build_inputs, generate
+from tokencomp.zoo.shapesqa.facts import write
+from tokencomp.zoo.shapesqa.long_scenes import item
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """The right answers as the full model's; a method that loses every third fact of an answer."""
+    names = [f"validation-{family}-{k:05d}" for family in ("describe", "read") for k in range(6)]
+    items = [item("validation", family, k) for family in ("describe", "read") for k in range(6)]
+    lossy = [write(one.family, [f for n, f in enumerate(one.facts, 1) if n % 3]) for one in items]
+    stored = Answers()
+    texts = {FULL: [one.answer for one in items], "auto-0.5": lossy}
+    stored.add("images", names, texts, {FULL: 0.0, "auto-0.5": 0.5}, {"commit": "0" * 40})
+    return stored, items
+
+
+def test_answers_are_read_as_they_were_written(answers, tmp_path):
+    stored, _ = answers
+    stored.write(tmp_path / "answers.json")
+    again = Answers.read(tmp_path / "answers.json")
+    assert again == stored
+    assert max(map(len, (tmp_path / "answers.json").read_text().splitlines())) <= 420
+    with pytest.raises(ValueError, match="other items"):
+        again.add("images", ["validation-read-00009"], {}, {}, {})
+
+
+def test_facts_are_counted_by_place_and_by_length(answers):
+    stored, items = answers
+    group = Group.of(stored, "images", ("describe", "read"))
+    for where in (by_place(3, 3), by_place(4, 6), by_length(1, 6), by_length(7, 40)):
+        kept = total = 0
+        for one in items:
+            for number in range(1, len(one.facts) + 1):
+                if where(number, len(one.facts)):
+                    total, kept = total + 1, kept + bool(number % 3)
+        assert group.total(where) == total
+        assert group.kept(["auto-0.5"], where).sum() == kept
+        if total:
+            assert group.retention(["auto-0.5"], where).value == pytest.approx(kept / total)
+    facts = sum(len(one.facts) for one in items)
+    lost = sum(len(one.facts) // 3 for one in items)
+    shares = group.shares(["auto-0.5"])
+    assert shares["left_out"] == pytest.approx(lost / facts) == 1 - shares["right"]
+    assert shares["invented"] == shares["changed"] == 0 and shares["ordered"] == 1
+
+
+def test_tokens_of_an_answer_read_the_rows_of_their_largest_scores():
+    scores = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    visual, prompt = torch.tensor([1, 2, 3, 5, 6, 8, 9]), 12
+    mask = forced.reading_mask(scores, visual, prompt, 3)[0, 0]
+    for query in range(16):
+        for key in range(16):
+            sees = key <= query
+            if query >= prompt and key in visual.tolist():
+                row = scores[query - prompt + 1]
+                sees = row[visual.tolist().index(key)] >= row.sort(descending=True).values[2]
+            assert mask[query, key] == sees
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return zoo.load()
+
+
+def test_forced_tokens_are_those_that_generate_writes(loaded):
+    """After a prefill of the prompt alone, each setting agrees with its own greedy answer."""
+    model, processor = loaded
+    one = item("validation", "compare", 0)
+    inputs = build_inputs(processor, [list(one.media())], [one.question])
+    for setting in (Setting(), Setting("auto", 0.75), Setting("fastv", 0.75)):
+        with PatchedModels({"": model}) as patches, patches.applied(setting, [one.id]):
+            out = model.generate(**inputs, do_sample=False, max_new_tokens=20, eos_token_id=-1)
+        ids = out[:, inputs["input_ids"].shape[1] :]
+        prompt, start = forced.prompt_of(processor, model, one)
+        with PatchedModels({"": model}) as patches, patches.applied(setting, [one.id]):
+            logits = forced._continued(model, prompt, ids, start)
+        assert torch.equal(logits.argmax(-1), ids)
+
+
+def test_readers_of_the_whole_cache_are_the_full_model(loaded):
+    model, processor = loaded
+    items = [item("validation", family, 1) for family in ("describe", "follow")]
+    inputs = [build_inputs(processor, [list(one.media())], [one.question]) for one in items]
+    texts = [generate(model, processor, one, 12)[0] for one in inputs]
+    full = forced.agreement(model, processor, items, texts, [Setting()])[FULL]
+    assert full == [[1] * len(forced.answer_ids(processor, text)) for text in texts]
+    found = forced.readers(model, processor, items, texts, (0.0,))
+    assert found == {f"{reader} 0.0": full for reader in forced.READERS}
+
+
+def test_facts_of_tokens():
+    processor = zoo.load()[1]
+    groups = forced.facts_of(processor, "describe", "a red; a blue ring.")
+    assert groups[-1] == -1 and groups[0] == 0 and groups[-2] == 1
+    assert np.diff(groups[:-1]).sum() == 1
+    assert forced.facts_of(processor, "read", "cat dog box") == [0, 1, 2, -1]
+
+
+def test_every_setting_has_a_label_of_its_own():
+    for kind in ("images", "clips"):
+        labels = [s.label for s in methods(kind)]
+        assert len({*labels}) == len(labels)

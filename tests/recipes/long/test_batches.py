@@ -1,0 +1,94 @@
+"""Training sequences of long answers equal real chats; labels of cells equal what is drawn."""
+
+import numpy as np
+import pytest
+import torch
+
+from recipes.long.batches import RATE, LongBatches, LongStage, Pictures
+from recipes.long.cells import PARTS, token_labels
+from recipes.long.train import start
+from recipes.packing import Packer
+from tokencomp.inputs.prompts import build_inputs
+from tokencomp.zoo.shapesqa.facts import PLACES
+from tokencomp.zoo.shapesqa.long_scenes import FAMILIES, item
+from tokencomp.zoo.shapesqa.scenes import COLORS, SHAPES
+
+CELL = 28
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return start()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_sequences_equal_what_users_get(loaded, kind):
+    """Ids, M-RoPE positions and pixels of prompt and answer, for one and several pictures."""
+    model, processor = loaded
+    arch = Pictures()
+    packer = Packer(processor.tokenizer, arch)
+    for one in (item("train", kind, k) for k in range(2)):
+        media, scene = one.media(), one.scenes[0]
+        inputs = build_inputs(processor, [list(media)], [one.question])
+        count = scene.frames if one.kind == "video" else len(one.scenes)
+        shape = (count, scene.height, scene.width)
+        segment = packer.segment(one.kind, one.question, one.answer)
+        row = packer.pack(one.kind, shape, [segment], 2000, fps=RATE)
+        n = inputs["input_ids"].shape[1]
+        assert row["ids"][:n].tolist() == inputs["input_ids"][0].tolist()
+        said = processor.tokenizer(one.answer, add_special_tokens=False)["input_ids"]
+        assert row["labels"][n - 1 :][: len(said)].tolist() == said
+        names = ("image_grid_thw", "video_grid_thw", "mm_token_type_ids")
+        grids = {name: inputs[name] for name in names if name in inputs}
+        positions, _ = model.model.get_rope_index(inputs["input_ids"], **grids)
+        assert (positions[:, 0].numpy() == row["positions"][:, :n]).all()
+        frames = np.stack([np.asarray(x) for x in (media if one.kind == "image" else media[0])])
+        frames = torch.as_tensor(frames)
+        frames = frames[:, None] if one.kind == "image" else frames[None]
+        (flat, _) = arch.pixels(frames, one.kind).values()
+        assert torch.equal(flat, inputs.get("pixel_values", inputs.get("pixel_values_videos")))
+
+
+def test_cells_name_the_object_in_their_middle():
+    names = [*PARTS]
+    for one in (item("train", "compare", k) for k in range(6)):
+        width = one.scenes[0].width // CELL
+        labels = token_labels(one.scenes).reshape(2, width, width, len(names))
+        for scene, shown in zip(one.scenes, labels, strict=True):
+            for thing in scene.things:
+                x, y = thing.center()
+                cell = dict(zip(names, shown[int(y // CELL), int(x // CELL)], strict=True))
+                row, column = int(y * 4 / scene.height), int(x * 3 / scene.width)
+                if not thing.small:  # a neighbour may cover more of a small one's cell
+                    assert COLORS[cell["color"] - 1] == thing.color
+                    assert SHAPES[cell["shape"] - 1] == thing.shape
+                    assert PLACES[cell["place"]] == PLACES[3 * row + column]
+
+
+def test_events_are_labelled_in_their_second_alone():
+    names = [*PARTS]
+    for one in (item("train", "follow", k) for k in range(3)):
+        (scene,) = one.scenes
+        side = scene.width // CELL
+        labels = token_labels(one.scenes).reshape(scene.frames // 2, side, side, len(names))
+        assert (labels[..., names.index("second")].max((1, 2)) == np.arange(len(labels))).all()
+        color = labels[..., names.index("color")]
+        lasting = {COLORS.index(t.color) + 1 for t in scene.things if not t.visible}
+        for second in range(len(labels)):
+            here = {COLORS.index(f.value.split()[3]) + 1 for f in one.facts if f.key == str(second)}
+            assert {*np.unique(color[second][color[second] > 0])} <= here | lasting
+            assert here <= {*np.unique(color[second])}
+
+
+def test_batches_depend_on_their_number_alone(loaded):
+    _, processor = loaded
+    shares = (("picture", 0.3), ("read", 0.2), ("follow", 0.2), ("compare", 0.3))
+    stage = LongStage("x", 9, shares=shares, vision_lr=1.0, text_lr=1.0, batch=4)
+    maker = LongBatches(Packer(processor.tokenizer, Pictures()), 0, [stage])
+    again = LongBatches(Packer(processor.tokenizer, Pictures()), 0, [stage])
+    for step in (3, 1):
+        first, second = maker.make(0, step), again.make(0, step)
+        assert all(np.array_equal(first[k], second[k]) for k in first if k != "names")
+        assert first["names"] == second["names"]
+        visual = np.isin(first["ids"], [883, 884]).sum(1)
+        assert (visual == first["cells"].shape[1]).all()
