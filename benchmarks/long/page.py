@@ -13,6 +13,7 @@ from benchmarks.long.settings import (
     DEFAULT,
     IMAGE_FAMILIES,
     KINDS,
+    MIDDLE,
     QUESTION,
     RATIOS,
     method_of,
@@ -70,16 +71,15 @@ def records(answers: Answers) -> list[dict[str, Any]]:
 
 
 def _ranked(rows: Sequence[dict[str, Any]], kind: str, family: str) -> list[str]:
-    """Methods of a kind of media, the best mean retention over the ratios first."""
-    chosen = [r for r in rows if r["media"] == kind and r["family"] == family and r["ratio"]]
-    by_method: dict[str, list[float]] = {}
-    for row in chosen:
-        by_method.setdefault(row["method"], []).append(row["retention"])
-    return sorted(by_method, key=lambda m: -sum(by_method[m]) / len(by_method[m]))
+    """Methods of a kind of media, the best retention at `MIDDLE` first."""
+    chosen = [r for r in rows if r["media"] == kind and r["family"] == family]
+    found = {r["method"]: r["retention"] for r in chosen if r["ratio"] == MIDDLE}
+    return sorted(found, key=lambda method: -found[method])
 
 
 def _row(rows: Sequence[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
-    return next(r for r in rows if all(r[k] == v for k, v in wanted.items()))
+    """The one row with these values; empty where a method was not asked at a ratio."""
+    return next((r for r in rows if all(r[k] == v for k, v in wanted.items())), {})
 
 
 def group_name(method: str) -> str:
@@ -101,7 +101,9 @@ def _main_table(rows: Sequence[dict[str, Any]], kind: str) -> str:
         cells = []
         for ratio in RATIOS:
             row = _row(rows, media=kind, family=family, method=method, ratio=ratio)
-            cells.append(f"{row['retention']:.1%} [{row['low']:.1%}, {row['high']:.1%}]")
+            cells.append(
+                f"{row['retention']:.1%} [{row['low']:.1%}, {row['high']:.1%}]" if row else "–"
+            )
         name = f"**{method}**" if method == DEFAULT else method
         lines.append([name, group_name(method), *cells])
     return table(["method", "reads", *(f"ratio {r}" for r in RATIOS)], lines)
@@ -161,12 +163,9 @@ def _errors(answers: Answers, rows: Sequence[dict[str, Any]], kind: str) -> str:
     lines = [[FULL, "", *(f"{full[n]:.1%}" for n in names)]]
     for method in detailed(rows, kind):
         for ratio in RATIOS:
-            found = [
-                r for r in rows
-                if (r["media"], r["family"], r["method"], r["ratio"])
-                == (kind, family, method, ratio)
-            ]  # fmt: skip
-            lines += [[method, str(ratio), *(f"{r[n]:.1%}" for n in names)] for r in found]
+            found = _row(rows, media=kind, family=family, method=method, ratio=ratio)
+            if found:
+                lines.append([method, str(ratio), *(f"{found[n]:.1%}" for n in names)])
     head = ["method", "ratio", "right", "changed", "left out", "invented", "pairs in order"]
     return table(head, lines)
 
@@ -184,7 +183,7 @@ def page(
             clip_facts=facts["clips"],
         ),
         "## Images\n", _main_table(rows, "images"), "",
-        f"By family, ratio {RATIOS[1]}:\n", _family_table(rows, RATIOS[1]), "",
+        f"By family, ratio {MIDDLE}:\n", _family_table(rows, MIDDLE), "",
         "## Clips\n", f"The full model has {clips['right']:.1%} of the facts right.\n",
         _main_table(rows, "clips"), "",
         "## By place in the answer\n",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES, MERGE, RANDOM, UNIFORM, Setting
 
-RATIOS = (0.5, 0.75, 0.9)
+MIDDLE = 0.75
+RATIOS = (0.5, MIDDLE, 0.9)
 IMAGE_FAMILIES = ("describe", "count", "read", "compare")
 CLIP_FAMILIES = ("follow",)
 KINDS = {"images": IMAGE_FAMILIES, "clips": CLIP_FAMILIES}
@@ -13,8 +14,10 @@ QUESTION = ("condiv", "cdpruner", "mmtok", "anchorprune", "fastv", "pyramiddrop"
 """Reducers whose choice depends on the question; `auto` is one of them on clips alone."""
 COVERING = ("kcenter", "divprune", "scope", "vidcom2", "bipartite")
 """Those that spread over the picture, whatever is asked."""
-MERGED = ("kcenter", "condiv", "divprune", UNIFORM)
+MERGED = ("kcenter", "condiv", UNIFORM)
 """Those asked with `merge=True` as well."""
+ONCE = ("cdpruner", "mmtok", "anchorprune", "scope", "vidcom2", "bipartite", "flashvid")
+"""Those asked at `MIDDLE` alone."""
 OPTIONS = {"scope": {"saliency": "none"}}
 BASELINES = (RANDOM, UNIFORM, DOWNSCALE)
 CLIPS_ONLY = (FEWER_FRAMES, "flashvid")
@@ -26,7 +29,11 @@ def methods(kind: str) -> list[Setting]:
     names += CLIPS_ONLY if kind == "clips" else ()
     each = [(name, OPTIONS.get(name, {})) for name in names]
     each += [(name, {MERGE: True}) for name in MERGED] + [(RANDOM, {"seed": 1})]
-    asked = [Setting(name, ratio, options) for name, options in each for ratio in RATIOS]
+    asked = [
+        Setting(name, ratio, options)
+        for name, options in each
+        for ratio in ((MIDDLE,) if name in ONCE else RATIOS)
+    ]
     # A picture of another size replaces what the tower gave, so these come last.
     return [Setting(), *sorted(asked, key=lambda s: s.input_baseline)]
 

@@ -10,25 +10,44 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-from recipes.long.train import RECIPE, LongTrainer, start
+from recipes.long.train import RECIPE, START, LongTrainer, start
 from recipes.trainer import arguments
 from tokencomp.cli import one_message
 from tokencomp.evaluation.environment import environment
 from tokencomp.inputs.loading import load_folder
+from tokencomp.inputs.packaged import model_path
 from tokencomp.storage import write_json
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "long"
 
 
-def write(trainer: LongTrainer, processor: Any, folder: Path, finished: bool) -> None:
-    """Weights as float16, tokenizer, processor, and how long the training took."""
+def write(trainer: LongTrainer, tokenizer: Any, folder: Path, finished: bool) -> None:
+    """Weights as float16 beside the files of the start, with its new words; what training took."""
     from safetensors.torch import save_file
 
-    trainer.model.config.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    ignored = shutil.ignore_patterns("tokencomp", "README.md", "metrics.json")
+    shutil.copytree(model_path(START), folder, dirs_exist_ok=True, ignore=ignored)
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    added = {
+        str(number): {
+            "content": token.content,
+            "lstrip": token.lstrip,
+            "normalized": token.normalized,
+            "rstrip": token.rstrip,
+            "single_word": token.single_word,
+            "special": token.special,
+        }
+        for number, token in tokenizer.added_tokens_decoder.items()
+    }
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["vocab_size"] = len(trainer.model.get_input_embeddings().weight)
+    write_json(folder / "config.json", config)
+    words = json.loads((folder / "tokenizer_config.json").read_text())
+    write_json(folder / "tokenizer_config.json", {**words, "added_tokens_decoder": added})
     state = {k: v.detach().half().contiguous() for k, v in trainer.model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     facts = {
@@ -39,7 +58,7 @@ def write(trainer: LongTrainer, processor: Any, folder: Path, finished: bool) ->
         "training_scores": trainer.scores.percent(),
         **environment(),
     }
-    write_json(folder / "training.json", facts)
+    write_json(folder.parent / "training.json", facts)
     print(json.dumps(facts["training_scores"]), flush=True)
 
 
@@ -55,7 +74,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     trainer = LongTrainer(model, processor.tokenizer, RECIPE[first:], args.out, args.seed)
     finished = trainer.run(args.stop_after)
-    write(trainer, processor, args.out / "model", finished)
+    write(trainer, processor.tokenizer, args.out / "model", finished)
 
 
 if __name__ == "__main__":

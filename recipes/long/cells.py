@@ -30,13 +30,48 @@ PARTS = {
 """Classes of each label; class 0 of "color", "shape", "word" and "size" is none of them."""
 
 
+LATER = {"previous": 1 + len(WORDS), "change": 5}
+"""The same for a later layer. The word before a word, 0 for the first. In the second of two
+pictures: whether the place of a token is as before, or its object gone, new, recoloured, reshaped.
+"""
+
+
 def token_labels(scenes: tuple[Scene, ...]) -> np.ndarray:
-    """Labels of all visual tokens of pictures or a clip, int64 (tokens, parts)."""
-    return np.concatenate(
-        [_labels(scene, 0.0, 0) for scene in scenes]
-        if scenes[0].frames == 1
-        else [_labels(scenes[0], PAIR * s, s) for s in range(scenes[0].frames // PAIR)]
+    """Labels of all visual tokens of pictures or a clip, int64 (tokens, parts and later parts)."""
+    first = scenes[0]
+    if first.frames > 1:
+        shown = [_labels(first, PAIR * s, s) for s in range(first.frames // PAIR)]
+    else:
+        shown = [_labels(scene, 0.0, 0) for scene in scenes]
+    early = np.concatenate(shown)
+    later = np.full((len(early), len(LATER)), UNCLEAR, np.int64)
+    names = [*PARTS]
+    if first.texts:
+        words = [1 + WORDS.index(text.text) for text in first.texts]
+        before = dict(zip(words, [0, *words], strict=False))
+        marked = early[:, names.index("word")] > 0
+        later[marked, 0] = [before[w] for w in early[marked, names.index("word")]]
+    if len(scenes) == 2:
+        places = shown[1][:, names.index("place")]
+        later[-len(places) :, 1] = _changes(scenes)[places]
+    return np.concatenate([early, later], 1)
+
+
+def _changes(scenes: tuple[Scene, ...]) -> np.ndarray:
+    """What has become of every place, int64 (places,): see `LATER`."""
+    before, after = (
+        {place_number(t.center(), s.width, s.height): t for t in s.things} for s in scenes
     )
+    out = np.zeros(len(PLACES), np.int64)
+    for place in {*before} | {*after}:
+        old, new = before.get(place), after.get(place)
+        if old is None or new is None:
+            out[place] = 1 if new is None else 2
+        elif old.color != new.color:
+            out[place] = 3
+        elif old.shape != new.shape:
+            out[place] = 4
+    return out
 
 
 def _labels(scene: Scene, time: float, second: int) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from recipes.long.batches import LongBatches, LongStage, Pictures
-from recipes.long.cells import PARTS
+from recipes.long.cells import LATER, PARTS
 from recipes.packing import Packer
 from recipes.tiny.families.qwen3_vl import batch_tower_attention
 from recipes.tiny.losses import class_loss
@@ -21,7 +22,9 @@ from recipes.tiny.muon import optimizers
 from recipes.trainer import Trainer, attend_by_products, text_inputs
 from tokencomp.engine.prompt import IGNORED
 
-EARLY = 2  # decoder layer whose hidden states of visual tokens say what these show
+EARLY, LATE = 2, 6  # decoder layers whose hidden states of visual tokens say what these show
+RARE = {"color": 0.05, "shape": 0.05, "word": 0.05, "size": 0.05, "change": 0.1}
+"""Weight of class 0, for labels that most visual tokens do not have."""
 START = "tiny-qwen3-vl-hard"
 WORDS = (
     *(f" {w}" for w in ["large", "upper", "lower", "center", "gone", "new", "now", "stays", "so"]),
@@ -30,11 +33,11 @@ WORDS = (
 )
 """Words that become tokens: those of the answers that the tokenizer does not have."""
 RATES: dict[str, Any] = {"vision_lr": 8e-4, "text_lr": 1.5e-3}
-_SHARES = (("picture", 0.3), ("read", 0.22), ("follow", 0.25), ("compare", 0.23))
+_SHARES = (("picture", 0.25), ("read", 0.24), ("follow", 0.27), ("compare", 0.24))
 RECIPE = (
     LongStage("few", 300, shares=_SHARES, most=6, primers=1.0, helpers=0.3, **RATES),
-    LongStage("many", 900, shares=_SHARES, primers=0.8, helpers=0.2, **RATES),
-    LongStage("settle", 700, shares=_SHARES, primers=0.2, helpers=0.05, end=0.02, **RATES),
+    LongStage("many", 700, shares=_SHARES, primers=0.8, helpers=0.2, **RATES),
+    LongStage("settle", 900, shares=_SHARES, primers=0.2, helpers=0.05, end=0.02, **RATES),
 )
 
 
@@ -71,12 +74,16 @@ class LongTrainer(Trainer):
         self.family = Pictures()
         self.maker = LongBatches(Packer(tokenizer, self.family), seed, stages)
         decoder = model.model.language_model
-        self.cells = nn.Linear(decoder.config.hidden_size, sum(PARTS.values()))
-        self._early: list[Tensor] = []
-        decoder.layers[EARLY].register_forward_hook(self._keep)
+        width = decoder.config.hidden_size
+        self.cells = nn.Linear(width, sum(PARTS.values()))
+        self.later = nn.Linear(width, sum(LATER.values()))
+        self._seen: dict[int, Tensor] = {}
+        for layer in (EARLY, LATE):
+            decoder.layers[layer].register_forward_hook(partial(self._keep, layer))
         self._pads = torch.tensor([model.config.image_token_id, model.config.video_token_id])
-        vision = [*model.model.visual.parameters(), *self.cells.parameters()]
-        trained = nn.ModuleDict({"model": model, "cells": self.cells})
+        heads = nn.ModuleDict({"cells": self.cells, "later": self.later})
+        vision = [*model.model.visual.parameters(), *heads.parameters()]
+        trained = nn.ModuleDict({"model": model, **heads})
         super().__init__(
             stages,
             dict(trained.named_parameters()),
@@ -87,8 +94,8 @@ class LongTrainer(Trainer):
             save_every,
         )
 
-    def _keep(self, module: Any, inputs: Any, output: Any) -> None:
-        self._early[:] = [output[0] if isinstance(output, tuple) else output]
+    def _keep(self, layer: int, module: Any, inputs: Any, output: Any) -> None:
+        self._seen[layer] = output[0] if isinstance(output, tuple) else output
 
     def batches(self) -> DataLoader:
         data = _Steps(self.maker, self.phase, self.step)
@@ -106,15 +113,18 @@ class LongTrainer(Trainer):
         return loss + self.stage.helpers * self._cells_loss(batch)
 
     def _cells_loss(self, batch: dict[str, Any]) -> Tensor:
-        """What every visual token shows, on an early layer's hidden states."""
+        """What every visual token shows, on hidden states of an early and of a later layer."""
         visual = torch.isin(torch.as_tensor(batch["ids"]), self._pads)
         labels = torch.as_tensor(batch["cells"]).flatten(0, 1)
-        logits = self.cells(self._early.pop()[visual]).float().split([*PARTS.values()], -1)
+        early = self.cells(self._seen[EARLY][visual]).float().split([*PARTS.values()], -1)
+        later = self.later(self._seen[LATE][visual]).float().split([*LATER.values()], -1)
         loss = torch.zeros(())
-        for number, (name, guess) in enumerate(zip(PARTS, logits, strict=True)):
+        for number, (name, guess) in enumerate(
+            zip((*PARTS, *LATER), (*early, *later), strict=True)
+        ):
             target = labels[:, number]
             if bool((target > 0).any()):
-                rare = 0.05 if name in ("color", "shape", "word", "size") else 1.0
+                rare = RARE.get(name, 1.0)
                 loss = loss + class_loss(guess, target, f"cell-{name}", self.scores.note, rare)
         return loss
 

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from recipes.long.batches import RATE, LongBatches, LongStage, Pictures
-from recipes.long.cells import PARTS, token_labels
+from recipes.long.cells import LATER, PARTS, token_labels
 from recipes.long.train import start
 from recipes.packing import Packer
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.zoo.shapesqa.facts import PLACES
+from tokencomp.zoo.shapesqa.lettering import WORDS
 from tokencomp.zoo.shapesqa.long_scenes import FAMILIES, item
 from tokencomp.zoo.shapesqa.scenes import COLORS, SHAPES
 
@@ -50,7 +51,7 @@ def test_sequences_equal_what_users_get(loaded, kind):
 
 
 def test_cells_name_the_object_in_their_middle():
-    names = [*PARTS]
+    names = [*PARTS, *LATER]
     for one in (item("train", "compare", k) for k in range(6)):
         width = one.scenes[0].width // CELL
         labels = token_labels(one.scenes).reshape(2, width, width, len(names))
@@ -66,7 +67,7 @@ def test_cells_name_the_object_in_their_middle():
 
 
 def test_events_are_labelled_in_their_second_alone():
-    names = [*PARTS]
+    names = [*PARTS, *LATER]
     for one in (item("train", "follow", k) for k in range(3)):
         (scene,) = one.scenes
         side = scene.width // CELL
@@ -78,6 +79,35 @@ def test_events_are_labelled_in_their_second_alone():
             here = {COLORS.index(f.value.split()[3]) + 1 for f in one.facts if f.key == str(second)}
             assert {*np.unique(color[second][color[second] > 0])} <= here | lasting
             assert here <= {*np.unique(color[second])}
+
+
+def test_words_are_labelled_with_the_word_before():
+    names = [*PARTS, *LATER]
+    for one in (item("train", "read", k) for k in range(4)):
+        labels = token_labels(one.scenes)
+        found = {}
+        for row in labels[labels[:, names.index("word")] > 0]:
+            before = row[names.index("previous")]
+            word = WORDS[row[names.index("word")] - 1]
+            found[word] = WORDS[before - 1] if before else ""
+        said = one.answer.split()
+        follows = dict(zip(said, ["", *said], strict=False))
+        assert {w: follows[w] for w in found} == found and len(found) > len(said) / 2
+
+
+def test_places_of_the_second_picture_are_labelled_with_their_change():
+    names, kinds = [*PARTS, *LATER], ("", "gone", "new", "now", "now a")
+    for one in (item("train", "compare", k) for k in range(8)):
+        side = one.scenes[0].width // CELL
+        labels = token_labels(one.scenes).reshape(2, -1, len(names))
+        assert (labels[0, :, names.index("change")] < 0).all() and len(labels[1]) == side**2
+        found = {}
+        for row in labels[1]:
+            if kind := kinds[row[names.index("change")]]:
+                found.setdefault(PLACES[row[names.index("place")]], set()).add(kind)
+        said = {f.key: {" ".join(f.value.split()[4:6])} for f in one.facts}
+        said = {k: {"now a" if w == "now a" else w.split()[0] for w in v} for k, v in said.items()}
+        assert found == said
 
 
 def test_batches_depend_on_their_number_alone(loaded):
