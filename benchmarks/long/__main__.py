@@ -1,8 +1,8 @@
 """Ask for long answers under every setting, continue them token by token, and write the page.
 
-    python -m benchmarks.long answer              # → answers.json
+    python -m benchmarks.long answer              # → images.json, clips.json
     python -m benchmarks.long forced              # → forced.json
-    python -m benchmarks.long page                # → README.md, results.csv, from both
+    python -m benchmarks.long page                # → README.md, results.csv
     python -m benchmarks.long answer --split validation --only auto condiv kcenter
 
 A run that was stopped goes on from the answers in the ignored folder `build/long/`.
@@ -30,11 +30,11 @@ from tokencomp.inputs.loading import load_folder
 
 MODEL = "tiny-qwen3-vl-long"
 BUILD = FOLDER.parents[1] / "build" / "long"
-PER_FAMILY = {"images": 60, "clips": 100}
-FORCED = {"images": 20, "clips": 30}
+PER_FAMILY = {"images": 32, "clips": 40}
+FORCED = {"images": 6, "clips": 10}
 """Items of each family that are continued token by token."""
-CONTINUED = ("auto", "kcenter", "condiv", "divprune", "fastv", "sparsevlm", "uniform", "random")
-"""Methods that continue them, and two that merge."""
+CONTINUED = ("auto", "kcenter", "condiv", "fastv", "uniform")
+"""Methods that continue them, and `condiv` that merges."""
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", default=[*KINDS], choices=[*KINDS])
     parser.add_argument("--only", nargs="*", default=[], help="these reducers alone")
     parser.add_argument("--items", type=int, help="per family, for trials")
-    parser.add_argument("--batch", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -53,10 +53,26 @@ def main() -> None:
         answer(args)
     elif args.what == "forced":
         write_forced(args)
-    stem = "" if args.split == "test" else f"{args.split}-"
-    if args.what == "page":
+    else:
         stored = json.loads((args.out / "forced.json").read_text())
-        write_page(Answers.read(args.out / f"{stem}answers.json"), stored, MODEL)
+        write_page(_stored(args), stored, MODEL)
+
+
+def _path(args: argparse.Namespace, kind: str) -> Path:
+    """One file for each kind of media."""
+    return args.out / f"{'' if args.split == 'test' else args.split + '-'}{kind}.json"
+
+
+def _stored(args: argparse.Namespace) -> Answers:
+    """The stored answers about all kinds of media."""
+    both = Answers()
+    for kind in KINDS:
+        one = Answers.read(_path(args, kind))
+        both.about += one.about
+        both.ids |= one.ids
+        both.texts |= one.texts
+        both.reached |= one.reached
+    return both
 
 
 def _loaded(name: str) -> tuple[Any, Any]:
@@ -66,10 +82,10 @@ def _loaded(name: str) -> tuple[Any, Any]:
 def answer(args: argparse.Namespace) -> None:
     """Ask, and add to the stored answers."""
     facts = publishing.published_from(args.out, args.allow_dirty)
-    path = args.out / ("answers.json" if args.split == "test" else f"{args.split}-answers.json")
-    stored = Answers.read(path) if path.exists() else Answers()
     loaded = _loaded(args.model)
     for kind in args.kinds:
+        path = _path(args, kind)
+        stored = Answers.read(path) if path.exists() else Answers()
         items = items_of(kind, args.split, args.items or PER_FAMILY[kind])
         folder = BUILD / "runs" / f"{args.split}-{kind}"
         add_answers(stored, loaded, kind, items, folder, args.batch, facts, args.only)
@@ -79,11 +95,11 @@ def answer(args: argparse.Namespace) -> None:
 def write_forced(args: argparse.Namespace) -> None:
     """Continue the full model's stored answers to the first items of every family."""
     facts = publishing.published_from(args.out, args.allow_dirty)
-    stored = Answers.read(args.out / "answers.json")
+    stored = _stored(args)
     model, processor = _loaded(args.model)
     held = {}
     settings = [Setting(name, ratio) for name in CONTINUED for ratio in RATIOS]
-    settings += [Setting(n, r, {"merge": True}) for n in ("kcenter", "condiv") for r in RATIOS]
+    settings += [Setting("condiv", ratio, {"merge": True}) for ratio in RATIOS]
     for kind in args.kinds:
         items = items_of(kind, args.split, args.items or FORCED[kind])
         said = dict(zip(stored.ids[kind], stored.texts[kind]["full"], strict=True))

@@ -170,6 +170,39 @@ def _errors(answers: Answers, rows: Sequence[dict[str, Any]], kind: str) -> str:
     return table(head, lines)
 
 
+def _short(answers: Answers, rows: Sequence[dict[str, Any]]) -> str:
+    """The main numbers, in sentences."""
+
+    def kept(kind: str, method: str) -> str:
+        family = "all" if len(KINDS[kind]) > 1 else KINDS[kind][0]
+        found = (
+            _row(rows, media=kind, family=family, method=method, ratio=r).get("retention")
+            for r in RATIOS
+        )
+        return ", ".join("–" if one is None else f"{100 * one:.1f}" for one in found)
+
+    lines = []
+    for kind, others in (
+        ("images", ("kcenter", "fastv", RANDOM, DOWNSCALE)),
+        ("clips", ("condiv (merge=True)", "kcenter (merge=True)", "fastv", RANDOM, FEWER_FRAMES)),
+    ):
+        rest = "; ".join(f"`{method}` {kept(kind, method)}" for method in others)
+        lines.append(
+            f"- **{kind.capitalize()}**: the default keeps {kept(kind, DEFAULT)} %; {rest}."
+        )
+        group, labels = Group.of(answers, kind), methods_of(answers, kind)[DEFAULT]
+        early, late = (
+            [group.retention(labels[ratio], by_place(*span)) for ratio in RATIOS]
+            for span in ((1, 2), (7, 40))
+        )
+        words = [", ".join(f"{100 * one.value:.1f}" for one in some) for some in (early, late)]
+        lines.append(
+            f"  Of the first two facts of an answer it keeps {words[0]} %, of the seventh and "
+            f"later ones {words[1]} %."
+        )
+    return "\n".join(lines)
+
+
 def page(
     answers: Answers, forced: dict[str, Any], rows: Sequence[dict[str, Any]], model: str
 ) -> str:
@@ -182,6 +215,7 @@ def page(
             model=model, images=count["images"], clips=count["clips"], facts=facts["images"],
             clip_facts=facts["clips"],
         ),
+        _short(answers, rows), "",
         "## Images\n", _main_table(rows, "images"), "",
         f"By family, ratio {MIDDLE}:\n", _family_table(rows, MIDDLE), "",
         "## Clips\n", f"The full model has {clips['right']:.1%} of the facts right.\n",
@@ -218,6 +252,8 @@ questions about images with {facts} facts and {clips} about clips with {clip_fac
 facts kept, of those that the full model has right, with paired 95 % intervals over questions; a
 fact is kept if all of it is right. Reads: what the choice depends on. No setting was chosen on
 these questions.
+
+At the ratios 0.5, 0.75 and 0.9:
 """
 ERRORS = """Shares of all facts of the scenes. Changed: the place, second or word is named with
 something else. Invented: facts with a key that the scene does not have. Order: neighbouring kept

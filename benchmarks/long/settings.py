@@ -14,7 +14,7 @@ QUESTION = ("condiv", "cdpruner", "mmtok", "anchorprune", "fastv", "pyramiddrop"
 """Reducers whose choice depends on the question; `auto` is one of them on clips alone."""
 COVERING = ("kcenter", "divprune", "scope", "vidcom2", "bipartite")
 """Those that spread over the picture, whatever is asked."""
-MERGED = ("kcenter", "condiv", UNIFORM)
+MERGED = ("kcenter", "condiv")
 """Those asked with `merge=True` as well."""
 ONCE = ("cdpruner", "mmtok", "anchorprune", "scope", "vidcom2", "bipartite", "flashvid")
 """Those asked at `MIDDLE` alone."""

@@ -32,7 +32,7 @@ from tokencomp.zoo.shapesqa.long_scenes import (
 )
 from tokencomp.zoo.shapesqa.scenes import Scene
 
-COUNTS = 2  # questions that count, about one picture
+COUNTS = 4  # questions that count, about one picture
 PRIMERS = 10  # pairs about one picture or clip
 RATE = 2.0  # frames a second
 Segment = tuple[list[int], list[int]]
@@ -50,6 +50,8 @@ class LongStage(Phase):
         Largest number of objects in a picture; see `draw`.
     primers : float
         Share of the pictures and clips with `PRIMERS` pairs of a key and its value.
+    describe : float
+        Share of pictures that are described; all are counted.
     batch : int
         Pictures, or clips of ten frames, or twice as many as pairs of pictures.
     helpers : float
@@ -61,6 +63,7 @@ class LongStage(Phase):
     text_lr: float
     most: int = 12
     primers: float = 0.5
+    describe: float = 1.0
     batch: int = 12
     helpers: float = 0.0
 
@@ -141,7 +144,8 @@ class LongBatches:
         if kind == "picture":
             scenes: tuple[Scene, ...] = (picture(rng, shape, stage.most),)
             facts = described(scenes[0])
-            out = [asked("describe", QUESTIONS["describe"], facts)]
+            whole = asked("describe", QUESTIONS["describe"], facts)
+            out = [whole] if rng.random() < stage.describe else []
             words = counted_words(scenes[0])
             for word in sorted({str(rng.choice(words)) for _ in range(COUNTS)}):
                 out.append(asked("count", *counted(scenes[0], word)))

@@ -34,10 +34,18 @@ WORDS = (
 """Words that become tokens: those of the answers that the tokenizer does not have."""
 RATES: dict[str, Any] = {"vision_lr": 8e-4, "text_lr": 1.5e-3}
 _SHARES = (("picture", 0.25), ("read", 0.24), ("follow", 0.27), ("compare", 0.24))
+_LAST = (("picture", 0.3), ("read", 0.17), ("follow", 0.27), ("compare", 0.26))
+_WEAK = (("picture", 0.27), ("read", 0.06), ("follow", 0.4), ("compare", 0.27))
 RECIPE = (
     LongStage("few", 300, shares=_SHARES, most=6, primers=1.0, helpers=0.3, **RATES),
     LongStage("many", 700, shares=_SHARES, primers=0.8, helpers=0.2, **RATES),
-    LongStage("settle", 900, shares=_SHARES, primers=0.2, helpers=0.05, end=0.02, **RATES),
+    LongStage(
+        "settle", 680, shares=_LAST, primers=0.5, describe=0.4, helpers=0.1, end=0.02, **RATES
+    ),
+    LongStage(
+        "finish", 400, shares=_WEAK, primers=0.6, describe=0.15, helpers=0.1,
+        start=0.6, end=0.01, **RATES,
+    ),
 )
 
 

@@ -1,19 +1,26 @@
 """Long answers: what is stored, what is counted, and what tokens of an answer may read."""
 
+import csv
+
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.long import forced
+from benchmarks.long import forced, page
 from benchmarks.long.measures import Group, by_length, by_place
-from benchmarks.long.settings import methods
-from benchmarks.long.stored import Answers
+from benchmarks.long.settings import KINDS, RATIOS, methods
+from benchmarks.long.stored import Answers, pack
 from tokencomp import zoo
 from tokencomp.evaluation.patches import PatchedModels
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.inputs.prompts import build_inputs, generate
 from tokencomp.zoo.shapesqa.facts import write
 from tokencomp.zoo.shapesqa.long_scenes import item
+
+ABOUT = {
+    "command": "x", "date": "2026-01-01", "commit": "0" * 40, "versions": {},
+    "hardware": {"cpu": "x", "threads": 1},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +115,37 @@ def test_facts_of_tokens():
     assert groups[-1] == -1 and groups[0] == 0 and groups[-2] == 1
     assert np.diff(groups[:-1]).sum() == 1
     assert forced.facts_of(processor, "read", "cat dog box") == [0, 1, 2, -1]
+
+
+def test_the_page_shows_what_is_stored(monkeypatch, tmp_path):
+    """Every answer loses its last fact, but those of the full model and of `condiv`."""
+    monkeypatch.setattr(page, "FOLDER", tmp_path)
+    stored, held = Answers(), {}
+    for kind, families in KINDS.items():
+        items = [item("validation", family, k) for family in families for k in range(2)]
+        whole = [one.answer for one in items]
+        short = [write(one.family, one.facts[:-1]) for one in items]
+        labels = [s.label for s in methods(kind)]
+        texts = {k: whole if k.startswith(("full", "condiv")) else short for k in labels}
+        stored.add(kind, [one.id for one in items], texts, dict.fromkeys(labels, 0.5), ABOUT)
+        some = [f"{name}-{ratio}" for name in ("auto", "condiv") for ratio in RATIOS]
+        held[kind] = {
+            "facts": [[0, 0, 1, 1, -1]],
+            "settings": {label: [[1, 1, 1, 0, 1]] for label in some},
+            "readers": {f"{r} {q}": [[1, 1, 1, 1, 0]] for r in forced.READERS for q in RATIOS},
+        }
+    page.write_page(stored, {"about": [ABOUT], "packed": pack(held)}, "tiny-qwen3-vl-long")
+    text = (tmp_path / "README.md").read_text()
+    facts = sum(len(item("validation", "follow", k).facts) for k in range(2))
+    for kind, cell in (("clips", f"{(facts - 2) / facts:.1%}"), ("clips", "100.0%")):
+        assert f"| {cell} [" in text.partition(f"## {kind.capitalize()}")[2]
+    rows = [*csv.DictReader((tmp_path / "results.csv").open())]
+    by_method = {(r["media"], r["family"], r["method"], r["ratio"]): r for r in rows}
+    one = by_method["clips", "follow", "auto", "0.75"]
+    assert float(one["left_out"]) == pytest.approx(2 / facts, abs=1e-3)
+    assert float(by_method["images", "all", "condiv", "0.9"]["retention"]) == 1
+    assert "| auto | 50.0% | 50.0% | 50.0% |" in text
+    assert "| *full cache, rows by fact* | 100.0% | 100.0% | 100.0% |" in text
 
 
 def test_every_setting_has_a_label_of_its_own():

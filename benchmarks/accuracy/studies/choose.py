@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import publishing
 from benchmarks.accuracy.report import page_folder
-from benchmarks.accuracy.run import answer_all
+from benchmarks.accuracy.run import MODELS, answer_all
 from benchmarks.accuracy.store import RESULTS, Results, read_all
 from benchmarks.accuracy.studies.ranking import (
     Candidate,
@@ -40,7 +40,6 @@ from benchmarks.experiment import Files, write
 from benchmarks.real import candidates as real
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import MERGE, Setting
-from tokencomp.zoo import available_models
 from tokencomp.zoo.shapesqa.items import FRAMES
 from tokencomp.zoo.shapesqa.questions import FAMILIES
 
@@ -256,7 +255,7 @@ def run_missing(
 ) -> Path:
     """Run on every model what it is `asked` and has no results; returns their folder."""
     parser = publishing.parser(doc, out)
-    parser.add_argument("--models", nargs="+", default=available_models())
+    parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--per-family", type=int, default=per_family)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(families))
     parser.add_argument("--batch", type=int, default=60)
