@@ -11,24 +11,23 @@ A run that was stopped goes on from the answers in the ignored folder `build/lon
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import publishing
+from benchmarks.experiment import write
 from benchmarks.long import forced
 from benchmarks.long.answers import add_answers, items_of
-from benchmarks.long.page import FOLDER, write_page
+from benchmarks.long.page import FOLDER, MODEL, files
 from benchmarks.long.settings import KINDS, RATIOS
-from benchmarks.long.stored import Answers, pack
+from benchmarks.long.stored import Answers, pack, path_of
 from tokencomp import zoo
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.loading import load_folder
 
-MODEL = "tiny-qwen3-vl-long"
 BUILD = FOLDER.parents[1] / "build" / "long"
 PER_FAMILY = {"images": 32, "clips": 40}
 FORCED = {"images": 6, "clips": 10}
@@ -54,25 +53,7 @@ def main() -> None:
     elif args.what == "forced":
         write_forced(args)
     else:
-        stored = json.loads((args.out / "forced.json").read_text())
-        write_page(_stored(args), stored, MODEL)
-
-
-def _path(args: argparse.Namespace, kind: str) -> Path:
-    """One file for each kind of media."""
-    return args.out / f"{'' if args.split == 'test' else args.split + '-'}{kind}.json"
-
-
-def _stored(args: argparse.Namespace) -> Answers:
-    """The stored answers about all kinds of media."""
-    both = Answers()
-    for kind in KINDS:
-        one = Answers.read(_path(args, kind))
-        both.about += one.about
-        both.ids |= one.ids
-        both.texts |= one.texts
-        both.reached |= one.reached
-    return both
+        write(files())
 
 
 def _loaded(name: str) -> tuple[Any, Any]:
@@ -84,7 +65,7 @@ def answer(args: argparse.Namespace) -> None:
     facts = publishing.published_from(args.out, args.allow_dirty)
     loaded = _loaded(args.model)
     for kind in args.kinds:
-        path = _path(args, kind)
+        path = path_of(args.out, args.split, kind)
         stored = Answers.read(path) if path.exists() else Answers()
         items = items_of(kind, args.split, args.items or PER_FAMILY[kind])
         folder = BUILD / "runs" / f"{args.split}-{kind}"
@@ -95,7 +76,7 @@ def answer(args: argparse.Namespace) -> None:
 def write_forced(args: argparse.Namespace) -> None:
     """Continue the full model's stored answers to the first items of every family."""
     facts = publishing.published_from(args.out, args.allow_dirty)
-    stored = _stored(args)
+    stored = Answers.of(args.out, args.split)
     model, processor = _loaded(args.model)
     held = {}
     settings = [Setting(name, ratio) for name in CONTINUED for ratio in RATIOS]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.experiment import Files
 from benchmarks.long import forced_page
 from benchmarks.long.measures import LENGTHS, PLACES, Group, by_length, by_place
 from benchmarks.long.settings import (
@@ -19,21 +20,24 @@ from benchmarks.long.settings import (
     method_of,
 )
 from benchmarks.long.stored import Answers
-from benchmarks.publishing import csv_text, provenance, table
+from benchmarks.publishing import csv_text, provenance, read, table
 from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES, FULL, RANDOM, UNIFORM
-from tokencomp.storage import write_text
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent
+MODEL = "tiny-qwen3-vl-long"
 BASELINES = (RANDOM, UNIFORM, DOWNSCALE, FEWER_FRAMES)
 SHOWN = 4
 """Methods of a kind in the tables of details, the best at 0.75 first."""
 
 
-def write_page(answers: Answers, forced: dict[str, Any], model: str) -> None:
-    """Write README.md and results.csv."""
+def files() -> Files:
+    """The page and all numbers, from the stored answers."""
+    answers, forced = Answers.of(FOLDER, "test"), read(FOLDER / "forced.json")
     rows = records(answers)
-    write_text(FOLDER / "results.csv", csv_text(rows))
-    write_text(FOLDER / "README.md", page(answers, forced, rows, model))
+    return {
+        FOLDER / "results.csv": csv_text(rows),
+        FOLDER / "README.md": page(answers, forced, rows, MODEL),
+    }
 
 
 def methods_of(answers: Answers, kind: str) -> dict[str, dict[float, list[str]]]:

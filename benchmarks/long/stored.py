@@ -10,10 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.long.settings import KINDS
 from benchmarks.publishing import write
 
 LINE = 380
 """Characters of a line of packed text."""
+
+
+def path_of(folder: Path, split: str, kind: str) -> Path:
+    """The file of answers about one kind of media."""
+    return folder / f"{'' if split == 'test' else split + '-'}{kind}.json"
 
 
 def pack(value: Any) -> list[str]:
@@ -69,6 +75,18 @@ class Answers:
             for kind, by_label in held["answers"].items()
         }
         return cls(stored["about"], stored["ids"], texts, stored["reached"])
+
+    @classmethod
+    def of(cls, folder: Path, split: str) -> Answers:
+        """The stored answers of a split about all kinds of media."""
+        both = cls()
+        for kind in KINDS:
+            one = cls.read(path_of(folder, split, kind))
+            both.about += one.about
+            both.ids |= one.ids
+            both.texts |= one.texts
+            both.reached |= one.reached
+        return both
 
     def add(
         self,

@@ -43,8 +43,15 @@ RECIPE = (
         "settle", 680, shares=_LAST, primers=0.5, describe=0.4, helpers=0.1, end=0.02, **RATES
     ),
     LongStage(
-        "finish", 400, shares=_WEAK, primers=0.6, describe=0.15, helpers=0.1,
-        start=0.6, end=0.01, **RATES,
+        "finish",
+        400,
+        shares=_WEAK,
+        primers=0.6,
+        describe=0.15,
+        helpers=0.1,
+        start=0.6,
+        end=0.01,
+        **RATES,
     ),
 )
 

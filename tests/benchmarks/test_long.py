@@ -1,15 +1,17 @@
 """Long answers: what is stored, what is counted, and what tokens of an answer may read."""
 
 import csv
+import io
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import publishing
 from benchmarks.long import forced, page
 from benchmarks.long.measures import Group, by_length, by_place
 from benchmarks.long.settings import KINDS, RATIOS, methods
-from benchmarks.long.stored import Answers, pack
+from benchmarks.long.stored import Answers, pack, path_of
 from tokencomp import zoo
 from tokencomp.evaluation.patches import PatchedModels
 from tokencomp.evaluation.settings import FULL, Setting
@@ -134,12 +136,17 @@ def test_the_page_shows_what_is_stored(monkeypatch, tmp_path):
             "settings": {label: [[1, 1, 1, 0, 1]] for label in some},
             "readers": {f"{r} {q}": [[1, 1, 1, 1, 0]] for r in forced.READERS for q in RATIOS},
         }
-    page.write_page(stored, {"about": [ABOUT], "packed": pack(held)}, "tiny-qwen3-vl-long")
-    text = (tmp_path / "README.md").read_text()
+    for kind in KINDS:
+        one = Answers(stored.about, *({kind: x[kind]} for x in (stored.ids, stored.texts)))
+        one.reached = {kind: stored.reached[kind]}
+        one.write(path_of(tmp_path, "test", kind))
+    publishing.write(tmp_path / "forced.json", {"about": [ABOUT], "packed": pack(held)})
+    made = page.files()
+    text = made[tmp_path / "README.md"]
     facts = sum(len(item("validation", "follow", k).facts) for k in range(2))
     for kind, cell in (("clips", f"{(facts - 2) / facts:.1%}"), ("clips", "100.0%")):
         assert f"| {cell} [" in text.partition(f"## {kind.capitalize()}")[2]
-    rows = [*csv.DictReader((tmp_path / "results.csv").open())]
+    rows = [*csv.DictReader(io.StringIO(made[tmp_path / "results.csv"]))]
     by_method = {(r["media"], r["family"], r["method"], r["ratio"]): r for r in rows}
     one = by_method["clips", "follow", "auto", "0.75"]
     assert float(one["left_out"]) == pytest.approx(2 / facts, abs=1e-3)
