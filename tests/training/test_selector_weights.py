@@ -130,7 +130,7 @@ def test_a_patch_keeps_the_network_it_has_checked(
 
 MODELS = zoo.SAMPLES.parent / "models"
 KINDS = ("selector", "ccam")
-SIBLINGS = {"tiny-qwen3-5", "tiny-gemma3"}
+SIBLINGS = {"tiny-qwen3-5", "tiny-gemma3", "tiny-qwen3-vl-long"}
 SHIPPED = sorted(
     (path.parents[1].name, path.stem)
     for kind in KINDS
