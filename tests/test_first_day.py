@@ -72,7 +72,7 @@ PICTURE = Image.new("RGB", (56, 56))
         ([[Path("clip.mp4")]], ["What?"], r"load_media\('clip.mp4'\)"),
         ("page.png", ["What?"], "'page.png' is a path"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,  # texts of pictures have addresses
 )
 def test_build_inputs_says_what_it_takes(
     media: Any, questions: Any, message: str, loaded: Any
