@@ -54,6 +54,16 @@ def test_a_bad_request_keeps_the_earlier_patch(family: Family) -> None:
     assert torch.equal(model(**inputs).logits, expected)
 
 
+def test_a_change_that_the_model_refuses_is_forgotten() -> None:
+    """What the handle shows, and what a later change starts from, is the earlier setting."""
+    handle = tokencomp.patch(FAMILIES["qwen2_vl"].build(), 0.5, reducer="uniform")
+    before = repr(handle)
+    with pytest.raises(errors.PlanError):
+        handle.set(plan=Plan((Stage(99, 0.5, make_reducer("uniform")),)))
+    assert repr(handle) == before
+    assert handle.set(ratio=0.75).plan.stages[0].fraction == 0.25
+
+
 def test_a_plan_stands_alone() -> None:
     """Beside a plan nothing is accepted that would be ignored, and nothing is planned anew."""
     model = FAMILIES["qwen2_vl"].build()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import tokencomp
+from tokencomp.evaluation.profiler import _gains
 from tokencomp.evaluation.timing import Split, prefill_split
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.reducers.base import Reducer
@@ -65,3 +66,12 @@ def test_time_is_booked_where_it_is_spent(loaded, inputs, monkeypatch):
         for hook in hooks:
             hook.remove()
     assert split == Split(vision=4, reduce=0.5, prefill=2, total=6.5)
+
+
+def test_a_speedup_pays_for_the_reducer():
+    """Three seconds become one of the model and half a one of the reducer."""
+    full = {"prefill_s": 3.0, "reduce_s": 0.0, "total_s": 4.0, "flops": 30}
+    row = {"prefill_s": 1.0, "reduce_s": 0.5, "total_s": 2.0, "flops": 10}
+    gains = {"speedup": 2.0, "reduce_overhead": 0.5 / 3, "total_speedup": 2.0}
+    found = _gains(row, full)
+    assert {name: found[name] for name in gains} == pytest.approx(gains)

@@ -17,7 +17,7 @@ from support.embedded import HOW, one_by_one
 import tokencomp
 from tokencomp.errors import OptionError, SpanError, WeightsError
 from tokencomp.evaluation import Example, Setting, batches, evaluate, grid, patches, sweep
-from tokencomp.evaluation.store import read_records
+from tokencomp.evaluation.store import AnswerStore, read_records
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.reducers.random import Random
 from tokencomp.reducers.uniform import Uniform
@@ -362,3 +362,11 @@ def test_answers_of_another_run_do_not_count(
     ratio = changed(*loaded, monkeypatch) or 0.5
     with pytest.raises(OptionError, match=message):
         evaluate(*loaded, examples[:1], "random", ratio, tmp_path, **HOW)
+
+
+def test_half_a_line_of_a_killed_process_is_cut_off(tmp_path):
+    """The next record begins a line of its own; a later failure does not replace an answer."""
+    file = tmp_path / "records.jsonl"
+    file.write_text('{"id": "a", "correct": 1}\n{"id": "b", "corr')
+    AnswerStore(tmp_path, {}).append([{"id": "c", "correct": 0}, {"id": "a", "error": "late"}])
+    assert read_records(tmp_path) == [{"id": "a", "correct": 1}, {"id": "c", "correct": 0}]

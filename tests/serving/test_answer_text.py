@@ -75,3 +75,12 @@ def test_bytes_of_tokens_are_those_of_the_text(tokenizer: Any) -> None:
             tokens = reader.encode(text, add_special_tokens=False)
             parts = [token_bytes(reader, token, reader.decode([token])) for token in tokens]
             assert b"".join(parts) == reader.decode(tokens).encode()
+
+
+def test_of_two_stop_texts_in_one_token_the_first_one_ends_the_answer() -> None:
+    class Words:
+        def decode(self, tokens: list[int], **_: Any) -> str:
+            return "".join(["one ", "two, three. four"][token] for token in tokens)
+
+    answer = AnswerText(Words(), ["three", "two"])
+    assert answer.add(0) + answer.add(1) + answer.finish() == "one " and answer.stopped

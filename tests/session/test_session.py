@@ -224,9 +224,22 @@ def test_rows_stay_in_the_budget(loaded: tuple[Any, Any], clip: Any, record: Rec
         session.append(clip[0][i % 4 * 2 :][:2], seconds=0.5)
         assert session.rows <= 100
     assert session.tokens > 800 and session.rows == 100
+    session.ask("word " * 200, max_new_tokens=1)  # more rows than the budget, for a while
+    assert session.rows == 100
     session.ask(clip[1], keep=True)
     assert session.rows == 100
     session.close()
+
+
+def test_a_refused_first_part_leaves_the_system_text(loaded: Any, clip: Any) -> None:
+    tokens = []
+    for refused in (True, False):
+        with tokencomp.Session(*loaded, budget=160) as session:
+            if refused:
+                with pytest.raises(SessionError, match="a chunk of"):
+                    session.append(clip[0], seconds=0.5)
+            tokens.append(session.append(clip[0][0]).tokens)
+    assert tokens[0] == tokens[1]
 
 
 def test_bad_options(loaded: tuple[Any, Any], clip: Any) -> None:
