@@ -28,11 +28,11 @@ SEEN = user(part(image(SIDE)))
 
 
 class Engine:
-    """Either server before an engine that decodes when it is told, and begins when it is told."""
+    """Either server before an engine that decodes, begins and ends when the test says so."""
 
     def __init__(self, kind: str, monkeypatch: Any) -> None:
         self.kind, self.decoding, self.waiting = kind, 0, 0
-        self.decode, self.begin = asyncio.Event(), asyncio.Event()
+        self.decode, self.begin, self.end = (asyncio.Event() for _ in range(3))
         room = MediaRoom(2 * DECODED[kind])
         for module in (server, middleware):
             monkeypatch.setattr(module, "MediaRoom", lambda: room)
@@ -60,6 +60,8 @@ class Engine:
         async def run() -> None:
             await self.begin.wait()
             self.waiting -= 1
+            job.send("start", None)
+            await self.end.wait()
             job.send("error", RequestError("reached", REACHED))
 
         self.task = asyncio.ensure_future(run())
@@ -72,6 +74,7 @@ class Engine:
         media = {"image": [{"pixel_values": SimpleNamespace(data=torch.zeros(3 * SIDE**2))}, None]}
         saved = Saved("kcenter", {"ratio": 0.5}, {"image": (4, 2)})
         async for _ in self.client.generate({"tokencomp": saved, "mm_kwargs": media}):
+            await self.end.wait()
             raise RequestError("reached", REACHED)
 
     async def _generate(self, prompt: Any) -> Any:
@@ -114,6 +117,9 @@ def test_few_requests_decode_at_one_time_and_few_media_wait(
             await ask()
             assert answers[-1] == 503 and engine.room.used == held * DECODED[kind]
             engine.begin.set()
+            await until(lambda: engine.room.used == 0)  # although no answer has ended
+            assert REACHED not in answers
+            engine.end.set()
         assert answers.count(REACHED) == held
         assert engine.room.used == 0
         assert (await through(engine.app, SEEN)).status == REACHED
