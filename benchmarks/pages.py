@@ -59,8 +59,8 @@ EXPERIMENTS = [
     for module in (
         intervals, pixels, retrieval, session, frames, clock, stream, calls, weights,
         chunked_prefill, prefill, first_token, peers, photographs, candidates, clip_answers, clips,
-        screens, answers, receipts, agents, attacker, burst, clients, merging, positions, ratio_zero,
-        serving, sounds,
+        screens, answers, receipts, agents, attacker, burst, clients, merging, positions,
+        ratio_zero, serving, sounds,
     )
 ]  # fmt: skip
 STUDIES = [module.STUDY for module in (adsc, ccam, selector, selector_features)]
