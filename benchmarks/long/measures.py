@@ -15,6 +15,8 @@ from tokencomp.evaluation.settings import FULL
 from tokencomp.zoo.shapesqa.facts import Comparison, compare, read
 from tokencomp.zoo.shapesqa.long_scenes import LongItem, item
 
+Where = Callable[[int, int], bool]
+"""Which facts count, by their place in the answer, from 1, and the number of its facts."""
 PLACES = ((1, 1), (2, 2), (3, 4), (5, 6), (7, 9), (10, 40))
 """First and last place of a fact in its answer."""
 LENGTHS = ((1, 3), (4, 6), (7, 9), (10, 40))
@@ -54,29 +56,30 @@ class Group:
             ]
         return self._compared[label]
 
-    def kept(self, labels: Sequence[str], where: Callable[[int, int], bool]) -> np.ndarray:
-        """Kept facts per item, mean over `labels`, float (items,).
+    def kept(self, labels: Sequence[str], where: Where) -> np.ndarray:
+        """Share of its facts that every item keeps, mean over `labels`, float (items,).
 
-        `where` takes the place of a fact, from 1, and the number of facts.
+        Items without a fact at `where` are left out.
         """
-        rows = [
-            [
-                sum(k for p, k in enumerate(one.kept, 1) if where(p, len(one.kept)))
+        rows = []
+        for label in labels:
+            held = [
+                [k for p, k in enumerate(one.kept, 1) if where(p, len(one.kept))]
                 for one in self.compared(label)
             ]
-            for label in labels
-        ]
-        return np.mean(np.asarray(rows, float), 0)
+            rows.append([float(np.mean(some)) for some in held if some])
+        return np.mean(rows, 0)
 
-    def total(self, where: Callable[[int, int], bool]) -> int:
+    def total(self, where: Where) -> int:
+        """Number of facts."""
         return sum(
             where(p, len(one.facts)) for one in self.items for p in range(1, len(one.facts) + 1)
         )
 
     def retention(
-        self, labels: Sequence[str], where: Callable[[int, int], bool] = lambda place, facts: True
+        self, labels: Sequence[str], where: Where = lambda place, facts: True
     ) -> Retention:
-        """Facts kept of those that the full model has right, with a paired interval over items."""
+        """Mean share of facts, divided by the full model's, with a paired interval over items."""
         full = self.kept([FULL], where)
         return retention(self.kept(labels, where), full)
 
@@ -94,11 +97,11 @@ class Group:
         }
 
 
-def by_place(first: int, last: int) -> Callable[[int, int], bool]:
+def by_place(first: int, last: int) -> Where:
     """Facts at these places of their answer."""
     return lambda place, facts: first <= place <= last
 
 
-def by_length(first: int, last: int) -> Callable[[int, int], bool]:
+def by_length(first: int, last: int) -> Where:
     """Facts of answers of so many facts."""
     return lambda place, facts: first <= facts <= last

@@ -153,7 +153,10 @@ def _binned(answers: Answers, rows: Sequence[dict[str, Any]], kind: str, bins: A
             labels = methods[method].get(ratio)
             if labels is None:
                 continue
-            cells = [f"{group.retention(labels, by(*one)).value:.0%}" for one in bins]
+            cells = [
+                f"{group.retention(labels, by(*one)).value:.0%}" if group.total(by(*one)) else "–"
+                for one in bins
+            ]
             lines.append([method, str(ratio), *cells])
     head = ["method", "ratio", *(_span(*one) for one in bins)]
     counts = ["facts", "", *(str(group.total(by(*one))) for one in bins)]
@@ -197,12 +200,12 @@ def _short(answers: Answers, rows: Sequence[dict[str, Any]]) -> str:
         group, labels = Group.of(answers, kind), methods_of(answers, kind)[DEFAULT]
         early, late = (
             [group.retention(labels[ratio], by_place(*span)) for ratio in RATIOS]
-            for span in ((1, 2), (7, 40))
+            for span in ((1, 2), (3, 40))
         )
         words = [", ".join(f"{100 * one.value:.1f}" for one in some) for some in (early, late)]
         lines.append(
-            f"  Of the first two facts of an answer it keeps {words[0]} %, of the seventh and "
-            f"later ones {words[1]} %."
+            f"  Of the first two facts of an answer it keeps {words[0]} %, of the "
+            f"others {words[1]} %."
         )
     return "\n".join(lines)
 
@@ -253,9 +256,9 @@ a clip second by second. Every answer is made of facts that a parser reads back
 `python -m benchmarks.long answer`, `python -m benchmarks.long forced`; from the stored answers,
 `python -m benchmarks.long page` makes this page and [all numbers](results.csv). {images} test
 questions about images with {facts} facts and {clips} about clips with {clip_facts}, greedy. Cells:
-facts kept, of those that the full model has right, with paired 95 % intervals over questions; a
-fact is kept if all of it is right. Reads: what the choice depends on. No setting was chosen on
-these questions.
+mean share of the facts of an answer that is right, divided by that of the full model, with paired
+95 % intervals over questions; a fact is right if all of it is. Reads: what the
+choice depends on. No setting was chosen on these questions.
 
 At the ratios 0.5, 0.75 and 0.9:
 """
