@@ -39,7 +39,7 @@ __all__ = [
 FOLDER = Path(__file__).resolve().parent
 OUTPUTS = (".json", ".jsonl", ".md", ".csv", ".jpg")
 MARK = "publishable"
-LOST = {"59fd6962", "714d7b9e", "9c085507", "a7260a95", "cc934109", "ac7df1e6"}
+LOST = {"59fd6962", "714d7b9e", "9c085507", "a7260a95", "cc934109"}
 """Commits that results name and the repository has not: their branches were rewritten."""
 WIDTH = 400
 """Columns of stored JSON: the line of a setting or a case."""
