@@ -27,7 +27,7 @@ def test_merge(grid: tuple[int, int, int], keep: int) -> None:
         quota = keep * (frame + 1) // t - keep * frame // t
         rows = [Row(first + i, 1.0, value) for i, value in enumerate(x[first:][: h * w].tolist())]
         expected += merge_group(rows, quota, weighted=False)
-    assert out.rows.tolist() == [row.place for row in expected]
+    assert out.patches.tolist() == [row.place for row in expected]
     torch.testing.assert_close(out.features, torch.tensor([row.x for row in expected]).double())
 
 

@@ -136,12 +136,12 @@ def test_media_name_their_extra(monkeypatch: Any) -> None:
 
 @TOML
 def test_model_folders_are_package_data_and_small() -> None:
-    """The globs reach every file, also in the nested folders of VILA, and all stay below 45 MB."""
+    """The globs reach every file, also in the nested folders of VILA, and all stay below 55 MB."""
     tool = project(ROOT / "zoo")["tool"]["setuptools"]
     shipped = {p for glob in tool["package-data"]["tokencomp_zoo"] for p in ZOO.glob(glob)}
     kept = {path for part in ("models", "samples") for path in (ZOO / part).rglob("*")}
     assert {path for path in kept if path.is_file()} <= shipped
-    assert 5e6 < sum(path.stat().st_size for path in shipped if path.is_file()) <= 45e6
+    assert 5e6 < sum(path.stat().st_size for path in shipped if path.is_file()) <= 55e6
     for folder in (ROOT, ROOT / "zoo"):  # else pip warns that folders are no packages
         assert project(folder)["tool"]["setuptools"]["include-package-data"] is False
     assert (ROOT / "zoo" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()

@@ -198,7 +198,7 @@ RANDOM = Setting("random", 0.75)
 
 def kept(reducer: Any, place: tuple[int, int], keep: int = 6) -> tuple[int, ...]:
     tokens = Tokens(torch.zeros(64, 4), [(1, 8, 8)], [keep], span_ids=[place])
-    return tuple(reducer.reduce(tokens).rows.tolist())
+    return tuple(reducer.reduce(tokens).patches.tolist())
 
 
 @pytest.fixture

@@ -325,5 +325,5 @@ def test_selection_equals_the_reducer(reducer: str) -> None:
         if case % 3 == 0:
             x[n // 2 :] = x[: n - n // 2]
         keep = max(1, int(n * rng.choice([0.1, 0.25, 0.5, 0.9])))
-        expected = reduced(own, Tokens(torch.from_numpy(x), [grid], [keep])).rows.numpy()
+        expected = reduced(own, Tokens(torch.from_numpy(x), [grid], [keep])).patches.numpy()
         assert np.array_equal(SELECT[reducer](mx.array(x), grid, keep), expected), (grid, keep)

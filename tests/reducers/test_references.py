@@ -212,7 +212,7 @@ def test_presets_name_their_stages_and_read_their_signal(name: str, signal: Atte
     scores = matrix.tokens((1, 4, 5)).scores
     assert scores is not None
     best = sorted(sorted(range(20), key=lambda i: -scores[i])[:6])
-    assert matrix.reduce((name, {}), matrix.tokens((1, 4, 5)), 6).rows.tolist() == best
+    assert matrix.reduce((name, {}), matrix.tokens((1, 4, 5)), 6).patches.tolist() == best
 
 
 def test_cuts_of_presets() -> None:

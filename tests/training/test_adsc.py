@@ -99,7 +99,7 @@ def kept(grid: tuple[int, int, int], keep: int, index: list[int] | None = None) 
     n = grid[0] * grid[1] * grid[2] if index is None else len(index)
     tokens = Tokens(torch.zeros(n, 4), [grid], [keep], [n], ["video"])
     tokens.index = None if index is None else torch.tensor(index)
-    return make_reducer("adsc").reduce(tokens).rows.tolist()
+    return make_reducer("adsc").reduce(tokens).patches.tolist()
 
 
 def loop_windows(live: list[int], quota: int) -> list[int]:
