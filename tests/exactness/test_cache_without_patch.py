@@ -139,6 +139,30 @@ def test_a_crop_ends_where_tokens_have_left(merge: Any, kind: str) -> None:
     assert int(cache.get_seq_length()) == length == inputs["input_ids"].shape[1]
 
 
+def test_a_crop_of_a_static_cache_forgets_the_padding_of_a_turn() -> None:
+    """Tokens that are written over it are seen, as on a dynamic cache."""
+    if not hasattr(StaticLayer, "crop"):
+        pytest.skip("static caches of this release cannot be cropped")
+    family = FAMILIES["llava_onevision"]
+    model, found = family.build(), []
+    parts = [
+        family.batch([[text(3), family.image(0), text(4)], [text(2), family.image(1), text(9, 2)]]),
+        family.batch([[text(5, 3)], [text(2, 4)]]),
+        family.batch([[text(1, 5)], [text(1, 6)]]),
+    ]
+    with tokencomp.patch(model, 0.6, reducer="kcenter", merge=True), torch.no_grad():
+        for cache in (DynamicCache(), static_cache(model, 256)):
+            mask = parts[0]["attention_mask"]
+            model(**parts[0], past_key_values=cache, use_cache=True)
+            for part in parts[1:]:
+                whole = torch.cat([mask, part["attention_mask"]], 1)
+                call = {"input_ids": part["input_ids"], "attention_mask": whole}
+                out = model(**call, past_key_values=cache, use_cache=True)
+                cache.crop(-part["input_ids"].shape[1])
+            found.append(out.logits)
+    assert oracle.difference(*found) < 1e-5
+
+
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("name", ["qwen2_vl", "gemma3"])
 def test_a_crop_reaches_into_padding(name: str, merge: Any) -> None:

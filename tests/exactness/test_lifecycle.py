@@ -191,8 +191,9 @@ def test_another_backend_between_two_calls() -> None:
     with tokencomp.patch(model, 0.5, reducer="kcenter", merge=True), torch.no_grad():
         for _ in range(2):  # the second call finds the views of the first
             assert not any(torch.is_tensor(one) for one in model(**call).attentions)
-        model.set_attn_implementation("eager")
-        assert all(torch.is_tensor(one) for one in model(**call).attentions)
+        family.decoder(model).config._attn_implementation = "eager"
+        maps = [one for one in model(**call).attentions if torch.is_tensor(one)]
+        assert len(maps) == family.layers
 
 
 @pytest.mark.thin(2)
