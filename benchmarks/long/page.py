@@ -32,7 +32,8 @@ SHOWN = 4
 
 def files() -> Files:
     """The page and all numbers, from the stored answers."""
-    answers, forced = Answers.of(FOLDER, "test"), read(FOLDER / "forced.json")
+    answers, path = Answers.of(FOLDER, "test"), FOLDER / "forced.json"
+    forced = read(path) if path.exists() else None
     rows = records(answers)
     return {
         FOLDER / "results.csv": csv_text(rows),
@@ -191,7 +192,7 @@ def _short(answers: Answers, rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for kind, others in (
         ("images", ("kcenter", "fastv", RANDOM, DOWNSCALE)),
-        ("clips", ("condiv (merge=True)", "kcenter (merge=True)", "fastv", RANDOM, FEWER_FRAMES)),
+        ("clips", ("condiv (merge=True)", "kcenter (merge=True)", "fastv", RANDOM, DOWNSCALE)),
     ):
         rest = "; ".join(f"`{method}` {kept(kind, method)}" for method in others)
         lines.append(
@@ -211,7 +212,7 @@ def _short(answers: Answers, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def page(
-    answers: Answers, forced: dict[str, Any], rows: Sequence[dict[str, Any]], model: str
+    answers: Answers, forced: dict[str, Any] | None, rows: Sequence[dict[str, Any]], model: str
 ) -> str:
     """The page, in Markdown."""
     count = {kind: len(ids) for kind, ids in answers.ids.items()}
@@ -230,7 +231,7 @@ def page(
         "## By place in the answer\n",
     ]  # fmt: skip
     for kind in KINDS:
-        parts += [f"**{kind.capitalize()}**: facts kept of those of the full model.\n"]
+        parts += [f"**{kind.capitalize()}**: as above, of the facts at these places.\n"]
         parts += [_binned(answers, rows, kind, PLACES, by_place), ""]
     parts += ["## By length of the answer, in facts\n"]
     for kind in KINDS:
@@ -239,9 +240,10 @@ def page(
     parts += ["## Left out, changed, invented\n", ERRORS]
     for kind in KINDS:
         parts += [f"**{kind.capitalize()}**\n", _errors(answers, rows, kind), ""]
-    parts += [forced_page.section(forced)]
+    if forced is not None:
+        parts += [forced_page.section(forced)]
     parts += ["## Provenance\n", *(f"- {provenance(about)}" for about in answers.about)]
-    parts += [f"- {provenance(about)}" for about in forced["about"]]
+    parts += [f"- {provenance(about)}" for about in (forced or {"about": []})["about"]]
     return "\n".join(parts) + "\n"
 
 
@@ -253,8 +255,8 @@ of a picture, counts aloud, reads a page, says what is new in a second picture (
 a clip second by second. Every answer is made of facts that a parser reads back
 (`tokencomp.zoo.shapesqa.facts`).
 
-`python -m benchmarks.long answer`, `python -m benchmarks.long forced`; from the stored answers,
-`python -m benchmarks.long page` makes this page and [all numbers](results.csv). {images} test
+`python -m benchmarks.long answer`; from the stored answers, `python -m benchmarks.long page` makes
+this page and [all numbers](results.csv). {images} test
 questions about images with {facts} facts and {clips} about clips with {clip_facts}, greedy. Cells:
 mean share of the facts of an answer that is right, divided by that of the full model, with paired
 95 % intervals over questions; a fact is right if all of it is. Reads: what the
