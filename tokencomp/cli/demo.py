@@ -22,8 +22,8 @@ def command(
 ) -> None:
     """Answer packaged questions with and without compression: a table and an HTML report.
 
-    It takes about 20 seconds on two cores. With your own files and any supported model, `tokencomp
-    inspect` shows answers and kept patches, and `tokencomp profile` time and memory.
+    With your files and any supported model, `tokencomp inspect` shows answers and kept patches, and
+    `tokencomp profile` time and memory.
     """
     settings_of = settings(context, method)
     from rich.console import Console
@@ -39,26 +39,26 @@ def command(
     _print(console, demo)
     path = demo_page.write(demo, output)
     console.print(
-        f"\nReport: [bold]{path}[/]\n"
-        "More methods and ratios: tokencomp demo --reducer all --ratio 0.5,0.75,0.9. A picture or "
-        "clip of your own: tokencomp inspect --image FILE --question TEXT. Questions of your own: "
-        "tokencomp eval --data questions.jsonl"
+        f"\nPictures of what was kept: [bold]{path}[/]\n"
+        "All methods: tokencomp demo --reducer all --ratio 0.5,0.75,0.9\n"
+        "Your file: tokencomp inspect --image FILE --question TEXT\n"
+        "Your questions, with intervals: tokencomp eval --data questions.jsonl"
     )
 
 
 def _print(console: Any, demo: Any) -> None:
     from rich.markup import escape
 
-    from tokencomp.cli._tables import print_lines
+    from tokencomp.cli._tables import print_table
+    from tokencomp.pages.demo import COLUMNS
 
-    for sentence in (demo.opening, *demo.sentences):
-        console.print(escape(sentence))
     console.print()
-    print_lines(console, demo.table)
-    console.print(f"\n[dim]{demo.choice}[/]")
+    print_table(console, COLUMNS, demo.rows, justify="right")
+    console.print(f"\n{escape(demo.price)}")
     for one in demo.questions:
         expected = f"[dim](right: {escape(one.expected)})[/]"
         console.print(f"\n[bold]{escape(one.question)}[/] [dim]{escape(one.name)}[/] {expected}")
         for answer in one.answers:
-            label = f"{answer.setting.name} {answer.setting.shown_ratio}"
+            setting = answer.setting
+            label = setting.name if setting.off else f"{setting.name} {setting.shown_ratio}"
             console.print(f"  {label:<18} {escape(answer.text)}")

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from tokencomp.evaluation.cost import Cost
-from tokencomp.evaluation.settings import RANDOM, Setting
+from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.questions import Example
 from tokencomp.pages.html import render
-from tokencomp.pages.report import Line, plots
+from tokencomp.pages.report import Line
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,9 @@ class AnsweredQuestion:
         return "right" if Example("", "", self.expected).correct(answer.text) else "wrong"
 
 
+COLUMNS = ("method", "image tokens", "right", "LLM work", "KV cache", "seconds")
+
+
 @dataclass(frozen=True)
 class Demo:
     """Everything on the page; the full model is first in `table`."""
@@ -61,59 +63,37 @@ class Demo:
     choice: str = ""
 
     @property
-    def opening(self) -> str:
-        """What compression does, for new readers."""
-        full, name = self.table[0].run.mean_tokens, self.table[-1].run.identity["reducer"]
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table, with the cells of `COLUMNS`. Tokens and seconds are means per question."""
+        return [self._row(line) for line in self.table]
+
+    def _row(self, line: Line) -> tuple[str, ...]:
+        run, count = line.run, len(line.run.answered)
+        name = line.label if line is self.table[0] else f"{line.label} {run.shown_ratio}"
         return (
-            f"The decoder reads a picture or clip as {full:.0f} visual tokens on average. Each "
-            "method drops or merges a share of them, the ratio, and the model answers from what is "
-            f"left. This is what {name} keeps and saves:"
+            name,
+            f"{run.mean_tokens:.0f}",
+            f"{line.accuracy * count:.3g} of {count}",
+            f"{line.flops:.0%}",
+            f"{line.kv_bytes:.0%}",
+            f"{run.mean('seconds'):.2f}",
         )
 
     @property
-    def sentences(self) -> list[str]:
-        """What the last method of the table kept at each ratio, and its cost, in words."""
-        label = self.table[-1].run.label
-        return [self._sentence(line) for line in self.table[1:] if line.run.label == label]
-
-    def _sentence(self, line: Line) -> str:
-        full, setting = self.table[0], line.run.setting
-        assert setting is not None
-        costs, whole = ({r["id"]: _cost(r) for r in one.run.answered} for one in (line, full))
-        both = [name for name in costs if name in whole]
-        text = (
-            f"{saved(setting, [costs[k] for k in both], [whole[k] for k in both])} "
-            f"{line.accuracy:.0%} of {len(line.run.answered)} answers are right; without "
-            f"compression {full.accuracy:.0%}"
+    def price(self) -> str:
+        """What the last row saves, what it costs, and how far that reaches."""
+        full, last = self.table[0], self.table[-1]
+        count = len(last.run.answered)
+        lost = full.accuracy * len(full.run.answered) - last.accuracy * count
+        answers = f"{lost:.3g} right answers fewer" if lost > 0 else "no right answer"
+        return (
+            f"{last.label} at ratio {last.run.shown_ratio} saves {1 - last.flops:.0%} of the LLM's "
+            f"work and {1 - last.kv_bytes:.0%} of its KV cache, and costs {answers} here. "
+            f"{count} questions show how it works; they do not measure accuracy."
         )
-        random = [
-            other.accuracy
-            for other in self.table
-            if other is not line
-            and other.run.identity["reducer"] == RANDOM
-            and other.run.shown_ratio == line.run.shown_ratio
-        ]
-        return text + (f", with as many tokens at random {random[0]:.0%}." if random else ".")
-
-
-def _cost(record: dict[str, Any]) -> Cost:
-    names = ("visual_tokens", "per_layer", "flops", "kv_bytes")
-    return Cost(*(record[name] for name in names))
-
-
-def saved(setting: Setting, costs: Sequence[Cost], full: Sequence[Cost]) -> str:
-    """What a setting kept and its cost, relative to the full model on the same prompts."""
-    kept, before = (fmean(fmean(c.per_layer) for c in group) for group in (costs, full))
-    work = sum(c.flops for c in costs) / sum(c.flops for c in full)
-    cache = sum(c.kv_bytes for c in costs) / sum(c.kv_bytes for c in full)
-    return (
-        f"{setting.name} at {setting.asked}: a decoder layer sees {kept:.0f} of {before:.0f} "
-        f"visual tokens on average. That leaves {work:.0%} of the decoder's work and {cache:.0%} "
-        "of its cache."
-    )
 
 
 def write(demo: Demo, path: str | Path) -> Path:
     """Write the self-contained page."""
     title = f"tokencomp on {demo.model}"
-    return render("demo.html", path, title=title, demo=demo, plots=plots(demo.table)[:1])
+    return render("demo.html", path, title=title, demo=demo, columns=COLUMNS)
