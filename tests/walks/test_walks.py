@@ -73,7 +73,7 @@ def desk(tmp_path: Path) -> Desk:
 
 def test_a_visitor_looks_at_the_demo_and_at_her_own_files(desk: Desk) -> None:
     (demo,) = commands("README.md", "tokencomp demo")
-    assert "Report: " in desk.run(*demo[1:])
+    assert "Pictures of what was kept: " in desk.run(*demo[1:])
     assert (desk.folder / "tokencomp-demo.html").exists()
     own = ("--model", MODEL, "--image", "street.jpg", "--question", "What color is the circle?")
     assert "orange" in desk.run("inspect", *own)
