@@ -55,6 +55,12 @@ def test_every_package_is_listed() -> None:
     assert set(listed) == found
 
 
+@TOML
+def test_the_readme_clones_from_the_address_of_the_package() -> None:
+    (address,) = re.findall(r"git clone (\S+)", (ROOT / "README.md").read_text())
+    assert address == project()["project"]["urls"]["Repository"]
+
+
 # -- what it needs ------------------------------------------------------------------------------
 
 

@@ -6,7 +6,6 @@ import contextlib
 import csv
 import io
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -25,12 +24,6 @@ def test_the_script_prints_what_stands_below_it() -> None:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(script, {})
     assert printed.getvalue() == output
-
-
-def test_it_is_cloned_from_the_address_of_the_package() -> None:
-    (address,) = re.findall(r"git clone (\S+)", README)
-    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
-    assert address == urls["Repository"]
 
 
 def below(link: str, text: str) -> list[float]:
