@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -106,10 +107,9 @@ class StageFlags(StageOptions):
     @property
     def stages(self) -> dict[str, Any]:
         """As options of a setting; empty for the defaults."""
-        from tokencomp.plan.counts import parse_ratio
-
         ratio: Any = self.tower_ratio
-        ratio = ratio if ratio == "auto" else parse_ratio(ratio, "tower_ratio")
+        with contextlib.suppress(ValueError):  # `MethodSpec` checks it
+            ratio = float(ratio)
         amount = {} if ratio == 0.0 else {"tower_ratio": ratio}
         reducer = {} if self.tower_reducer == "auto" else {"tower_reducer": self.tower_reducer}
         return {**self.given_options, **amount, **reducer}

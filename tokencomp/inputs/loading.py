@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def load_model(
     torch_dtype = pick_dtype(dtype, device)
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     try:
-        model, processor = load_folder(path, torch_dtype, **options)
+        model, processor = load_folder(path, torch_dtype, **_from_cache(path), **options)
     except (OSError, ValueError, KeyError) as error:
         first_line, *_ = str(error).strip().splitlines() or [""]
         raise UnsupportedModelError(
@@ -84,11 +85,28 @@ def load_model(
     return model.to(device), processor
 
 
+def _from_cache(path: str) -> dict[str, bool]:
+    """Options for a hub id while the hub cannot be reached; without them every file is tried for
+    half a minute.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if Path(path).exists() or constants.HF_HUB_OFFLINE:
+        return {}
+    try:
+        HfApi().model_info(path, timeout=10)
+    except Exception as error:  # of the HTTP library, by release of the hub: httpx or requests
+        if "Connect" in type(error).__name__ or "Timeout" in type(error).__name__:
+            return {"local_files_only": True}
+    return {}
+
+
 def load_folder(path: str, dtype: torch.dtype | None = None, **options: Any) -> tuple[Any, Any]:
     """Model in eval mode on the CPU, and its processor, by the auto classes of transformers.
 
     The path is a folder in the Hugging Face layout, or a hub id; the dtype is float32 if it is
-    None. Options go to `from_pretrained` of the model.
+    None. Options go to `from_pretrained` of the model; `local_files_only=True` also to the
+    config's and the processor's.
     """
     try:
         import PIL  # noqa: F401
@@ -102,8 +120,9 @@ def load_folder(path: str, dtype: torch.dtype | None = None, **options: Any) -> 
 
     register_auto_classes()  # architectures that transformers lacks
     # The config comes first: its errors name the path, those of processors do not.
-    config = AutoConfig.from_pretrained(path)
-    processor = AutoProcessor.from_pretrained(path)
+    local = {"local_files_only": options.get("local_files_only", False)}
+    config = AutoConfig.from_pretrained(path, **local)
+    processor = AutoProcessor.from_pretrained(path, **local)
     dtype = torch.float32 if dtype is None else dtype
     images = AutoModelForImageTextToText
     kinds = (images, getattr(transformers, "AutoModelForMultimodalLM", images))  # those that listen
