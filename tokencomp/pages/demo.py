@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tokencomp.evaluation.cost import Cost
@@ -91,6 +92,18 @@ class Demo:
             f"work and {1 - last.kv_bytes:.0%} of its KV cache, and costs {answers} here. "
             f"{count} questions show how it works; they do not measure accuracy."
         )
+
+
+def saved(setting: Setting, costs: Sequence[Cost], full: Sequence[Cost]) -> str:
+    """What a setting kept and its cost, relative to the full model on the same prompts."""
+    kept, before = (fmean(fmean(c.per_layer) for c in group) for group in (costs, full))
+    work = sum(c.flops for c in costs) / sum(c.flops for c in full)
+    cache = sum(c.kv_bytes for c in costs) / sum(c.kv_bytes for c in full)
+    return (
+        f"{setting.name} at {setting.asked}: a decoder layer sees {kept:.0f} of {before:.0f} "
+        f"visual tokens on average. That leaves {work:.0%} of the decoder's work and {cache:.0%} "
+        "of its cache."
+    )
 
 
 def write(demo: Demo, path: str | Path) -> Path:
