@@ -21,7 +21,7 @@ from benchmarks.experiment import write
 from benchmarks.long import forced
 from benchmarks.long.answers import add_answers, items_of
 from benchmarks.long.page import FOLDER, MODEL, files
-from benchmarks.long.settings import KINDS, RATIOS
+from benchmarks.long.settings import CHOICE_RATIOS, KINDS, RATIOS
 from benchmarks.long.stored import Answers, pack, path_of
 from tokencomp import zoo
 from tokencomp.cli import one_message
@@ -69,7 +69,8 @@ def answer(args: argparse.Namespace) -> None:
         stored = Answers.read(path) if path.exists() else Answers()
         items = items_of(kind, args.split, args.items or PER_FAMILY[kind])
         folder = BUILD / "runs" / f"{args.split}-{kind}"
-        add_answers(stored, loaded, kind, items, folder, args.batch, facts, args.only)
+        ratios = RATIOS if args.split == "test" else CHOICE_RATIOS
+        add_answers(stored, loaded, kind, items, folder, args.batch, facts, args.only, ratios)
         stored.write(path)
 
 

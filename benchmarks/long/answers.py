@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.run import tower_once, usable, watches_tower
-from benchmarks.long.settings import KINDS, methods
+from benchmarks.long.settings import KINDS, RATIOS, methods
 from benchmarks.long.stored import Answers
 from benchmarks.publishing import environment
 from tokencomp.evaluation.runner import sweep
@@ -56,9 +56,10 @@ def add_answers(
     batch: int,
     facts: dict[str, Any],
     only: Sequence[str] = (),
+    ratios: Sequence[float] = RATIOS,
 ) -> None:
     """Ask all settings of a kind of media, or those of some methods, and add the answers."""
-    wanted = [s for s in methods(kind) if not only or s.off or s.reducer in only]
+    wanted = [s for s in methods(kind, ratios) if not only or s.off or s.reducer in only]
     runs = ask(*loaded, items, wanted, folder, batch)
     ids = [one.id for one in items]
     texts, reached = {}, {}

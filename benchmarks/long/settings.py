@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES, MERGE, RANDOM, UNIFORM, Setting
 
 MIDDLE = 0.75
 RATIOS = (0.5, MIDDLE, 0.9)
+CHOICE_RATIOS = (*RATIOS, 0.95)
+"""Those of the rule that chooses the default (docs/decisions/0001), asked on validation."""
 IMAGE_FAMILIES = ("describe", "count", "read", "compare")
 CLIP_FAMILIES = ("follow",)
 KINDS = {"images": IMAGE_FAMILIES, "clips": CLIP_FAMILIES}
@@ -23,7 +27,7 @@ BASELINES = (RANDOM, UNIFORM, DOWNSCALE)
 CLIPS_ONLY = (FEWER_FRAMES, "flashvid")
 
 
-def methods(kind: str) -> list[Setting]:
+def methods(kind: str, ratios: Sequence[float] = RATIOS) -> list[Setting]:
     """All settings for "images" or "clips", the full model first."""
     names = (DEFAULT, *QUESTION, *COVERING, "visionzip", *BASELINES)
     names += CLIPS_ONLY if kind == "clips" else ()
@@ -32,7 +36,7 @@ def methods(kind: str) -> list[Setting]:
     asked = [
         Setting(name, ratio, options)
         for name, options in each
-        for ratio in ((MIDDLE,) if name in ONCE else RATIOS)
+        for ratio in ((MIDDLE,) if name in ONCE else ratios)
     ]
     # A picture of another size replaces what the tower gave, so these come last.
     return [Setting(), *sorted(asked, key=lambda s: s.input_baseline)]
