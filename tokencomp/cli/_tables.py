@@ -78,7 +78,7 @@ def print_lines(console: Any, lines: Sequence[Any]) -> None:
         _print_rivals(console, lines[1:])
     _print_scores(console, lines)
     for line in lines:
-        if line.seeds:
+        if len(set(line.seeds or ())) > 1:
             low, high = (f"{100 * value:.0f}" for value in line.seeds)
             console.print(
                 f"{line.label} at {line.run.shown_ratio}: accuracies of {low} to {high} %."
