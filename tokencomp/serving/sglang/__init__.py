@@ -1,4 +1,4 @@
-"""The SGLang plugin (docs/serving.md). **No SGLang engine has been run with it by us.**
+"""The SGLang plugin (docs/engines.md). **No SGLang engine has been run with it by us.**
 
 The entry point `sglang.srt.plugins: tokencomp` calls `register` in every process of SGLang. Without
 `TOKENCOMP_SERVING` in the environment it does nothing. With it, hooks of SGLang's own registry wrap

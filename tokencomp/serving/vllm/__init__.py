@@ -5,7 +5,7 @@ an option of tokencomp, vLLM then builds its own model and processor (see `entry
 and nothing is refused, on any version. With options, the model is a subclass of vLLM's own class.
 Its processor emits fewer placeholders, and its `embed_multimodal` returns as many rows. The
 resolved options, and the content of trained weights, are part of the media hash, so prefix and
-encoder caches never mix ratios. docs/serving.md says how to start it, what was tested, and what is
+encoder caches never mix ratios. docs/engines.md says what was tested, and what is
 refused.
 """
 
