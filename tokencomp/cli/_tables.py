@@ -76,6 +76,7 @@ def print_lines(console: Any, lines: Sequence[Any]) -> None:
     print_table(console, names, rows)
     if len(lines) > 1:
         _print_rivals(console, lines[1:])
+    _print_facts(console, lines)
     _print_scores(console, lines)
     for line in lines:
         if len(set(line.seeds or ())) > 1:
@@ -109,6 +110,39 @@ def _print_rivals(console: Any, lines: Sequence[Any]) -> None:
     }
     caption = " ".join(text for name, text in meaning.items() if name in shown)
     print_table(console, shown, cells, gap=1, title=title, caption=caption)
+
+
+def _print_facts(console: Any, lines: Sequence[Any]) -> None:
+    """Facts of long answers by their place, if there are any."""
+    from tokencomp.pages.report import places_of
+
+    places = places_of(lines)
+    shown = [(line, line.facts) for line in lines if line.facts is not None]
+    if not places or not shown:
+        return
+    rows = [
+        (
+            *_named(line),
+            *(_share(facts.by_place[k]) for k in places),
+            f"{facts.left_out:.0%}",
+            f"{facts.invented:.1f}",
+        )
+        for line, facts in shown
+    ]
+    counts = ("facts", "", *(str(shown[0][1].facts[k]) for k in places), "", "")
+    print_table(
+        console,
+        (*NAMES, *places.values(), "left out", "invented"),
+        [counts, *rows],
+        gap=1,
+        title="\nFacts by their place in the answer",
+        caption="By place: right facts, divided by the full model's; of the full model, by all. "
+        "Left out: of all facts. Invented: statements without any fact, per answer.",
+    )
+
+
+def _share(value: float) -> str:
+    return "–" if value != value else f"{value:.0%}"
 
 
 def _print_scores(console: Any, lines: Sequence[Any]) -> None:

@@ -32,8 +32,9 @@ def command(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Your questions: a .jsonl file, one object with question, answer and media per "
-            "line. Or for tasks: a local copy in hub layout (owner/name folders), or 'shapesqa'."
+            help="Your questions: a .jsonl file, one object with question, answer (or facts) "
+            "and media per line. Or for tasks: a local copy in hub layout (owner/name folders), or "
+            "'shapesqa'."
         ),
     ] = None,
     frames: opt.Frames = "8",
@@ -50,7 +51,9 @@ def command(
 
     Your own questions: --data questions.jsonl, where a line is {"question": "What colour is the
     car?", "answer": "red", "media": "car.jpg"}; an answer is right if it has the same words, or
-    names the same option (A to H). Without such a file: tasks, prompts and scoring of lmms-eval.
+    names the same option (A to H). {"facts": ["a red cup", "two forks"]} in place of the answer
+    scores the share of the facts that a longer answer has. Without such a file: tasks, prompts and
+    scoring of lmms-eval.
 
     The full model, random and uniform dropping and equal-token downscaling run, too. Kill it and
     run it again: finished answers are kept. `tokencomp report` makes a page of the run folders.

@@ -160,14 +160,25 @@ def _record(row: Loaded, text: str, seconds: float, cost: Cost) -> dict[str, Any
         "prompt": example.prompt,
         "prediction": text,
         "answer": right_answers(example),
-        "correct": example.correct(text),
+        **_score(example, text),
         "seconds": seconds,
         **cost.record(),
     }
 
 
+def _score(example: Example, text: str) -> dict[str, Any]:
+    """Whether an answer is right; of facts, the share that it has, each of them, and others."""
+    if example.facts is None:
+        return {"correct": example.correct(text)}
+    found = example.facts.found(text)
+    kept = [int(one) for one in found.kept]
+    return {"correct": sum(kept) / len(kept), "facts": kept, "invented": found.invented}
+
+
 def right_answers(example: Example) -> str:
     """All answers that count as right, as stored in records."""
+    if example.facts is not None:
+        return str(example.facts)
     return " / ".join((example.answer, *example.also))
 
 

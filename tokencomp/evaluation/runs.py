@@ -139,11 +139,14 @@ def _mean_run(seeds: Sequence[EvalRun]) -> EvalRun:
     for name, first in every[0].items():
         rows = [by_id[name] for by_id in every if name in by_id]
         failed = [r for r in rows if r.get("error")]
-        same = {
+        same: dict[str, Any] = {
             k: sum(float(r[k]) for r in rows) / len(rows)
-            for k in ("correct", "ratio", "flops", "kv_bytes", "seconds")
+            for k in ("correct", "invented", "ratio", "flops", "kv_bytes", "seconds")
             if all(k in r for r in rows)
         }
+        if all("facts" in r for r in rows):
+            each = zip(*(r["facts"] for r in rows), strict=True)
+            same["facts"] = [sum(values) / len(values) for values in each]
         answers = [r["prediction"] for r in rows if r.get("prediction") is not None]
         records.append(failed[0] if failed else {**first, **same, "predictions": answers})
     identity = {**seeds[0].identity, "options": {}}

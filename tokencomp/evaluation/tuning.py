@@ -163,7 +163,9 @@ def search(
     for number, (batch, (frames, scale)) in enumerate(tqdm(rounds, desc="measuring")):
         group = [c for c in candidates if (c.frames, c.scale) == (frames, scale)]
         scaled = [
-            Scaled(e.id, e.prompt, e.answer, e.media, e.family, also=e.also, scale=scale)
+            Scaled(
+                e.id, e.prompt, e.answer, e.media, e.family, also=e.also, facts=e.facts, scale=scale
+            )
             for e in batch
         ]
         settings = [c.setting for c in group]

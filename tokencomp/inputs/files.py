@@ -21,8 +21,9 @@ class FileQuestions(Sequence[Example]):
     """Questions from a JSON Lines file; media paths are relative to it, or absolute.
 
     Every line holds `question`, `answer` (or a list of answers that are right) and `media` (a path,
-    or a list of paths); `id` and `family` are optional. Without an `id`, the number of the line
-    among the questions is taken.
+    or a list of paths). In place of `answer` there may be `facts` (a list, each a text or a list of
+    texts that are right) with `ordered`. `id` and `family` are optional. Without an `id`, the
+    number of the line among the questions is taken.
 
     Parameters
     ----------

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
+from tokencomp.inputs.facts import Facts
 from tokencomp.inputs.questions import Example
 
-FIELDS = "with question, answer and media"
+FIELDS = "with question, answer (or facts) and media"
 SHOWN = 400
 """Characters of a value that messages show: it may be a whole picture in base64."""
 
@@ -18,18 +20,47 @@ def read_question(file: Path, number: int, line: str, key: str) -> Example:
     """The question in line `number` of a file, whose id is `key` if it has none."""
     where = f"{file}, line {number}"
     row = _object(where, line)
-    media, right = (
-        row[field] if isinstance(row[field], list) else [row[field]]
-        for field in ("media", "answer")
-    )
+    media = _listed(row["media"])
     question = _text(where, "question", row["question"])
+    facts = _facts(where, row)
+    right = [facts.answer] if facts else _listed(row["answer"])
     answer, *also = (_text(where, "answer", value).strip() for value in right or [None])
     name, family = (
         default if row.get(field) is None else _text(where, field, row[field])
         for field, default in (("id", key), ("family", ""))
     )
     paths = tuple(_path(where, file.parent, one) for one in media or [None])
-    return Example(name, question, answer, paths, family, also=tuple(also))
+    return Example(name, question, answer, paths, family, also=tuple(also), facts=facts)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _facts(where: str, row: dict[str, Any]) -> Facts | None:
+    """The facts of a line; None if it has an answer."""
+    if row.get("facts") is None:
+        return None
+    if row.get("answer") is not None:
+        raise OptionError(f"{where} has an answer and facts. Give one of the two.")
+    facts, ordered = row["facts"], row.get("ordered")
+    if not isinstance(facts, list) or not facts:
+        raise OptionError(
+            f"{where}: the facts are {short(repr(facts))}. Give a list with a text for each, or a "
+            'list of texts where several are right: ["a red cup", ["three forks", "3 forks"]].'
+        )
+    if not isinstance(ordered, bool | None):
+        raise OptionError(f"{where}: ordered is {short(repr(ordered))}. Give true or false.")
+    wordings = []
+    for number, fact in enumerate(facts, 1):
+        texts = [_text(where, f"fact {number}", text).strip() for text in _listed(fact) or [None]]
+        if unclear := [text for text in texts if not re.search(r"\w", text)]:
+            raise OptionError(
+                f"{where}: fact {number} is {short(repr(unclear[0]))}, which has no word that an "
+                "answer could hold. Give words or numbers."
+            )
+        wordings.append(tuple(texts))
+    return Facts(tuple(wordings), bool(ordered))
 
 
 def short(text: str) -> str:
@@ -53,7 +84,8 @@ def _object(where: str, line: str) -> dict[str, Any]:
         raise OptionError(f"{wanted}; this line is not JSON ({error}).") from error
     if not isinstance(row, dict):
         raise OptionError(f"{wanted}, one per line; got a {type(row).__name__}.")
-    if absent := [name for name in ("question", "answer", "media") if name not in row]:
+    needed = ("question", *(["answer"] if row.get("facts") is None else []), "media")
+    if absent := [name for name in needed if name not in row]:
         raise OptionError(f"{wanted}; {absent[0]!r} is missing (it has {short(', '.join(row))}).")
     return row
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tokencomp.inputs.facts import Facts
 from tokencomp.inputs.frames import Frames
+from tokencomp.inputs.words import plain_words
 
 Media = Any
 """A path, a PIL image, a list of PIL images (a video), or mono samples of sound, float (n,)."""
@@ -42,6 +43,8 @@ class Example:
         Group for per-family accuracy.
     also
         Other answers that count as right; training learns `answer`.
+    facts
+        Facts that a right answer is made of; `answer` is one that says all of them.
     """
 
     id: str
@@ -50,6 +53,7 @@ class Example:
     media: tuple[Media, ...] = ()
     family: str = ""
     also: tuple[str, ...] = field(default=(), kw_only=True)
+    facts: Facts | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if isinstance(self.media, str | Path) or hasattr(self.media, "size"):  # PIL, arrays
@@ -80,7 +84,9 @@ class Example:
         return load_sound(path) if is_sound(path) else load_media(path, frames, None, self.prompt)
 
     def correct(self, prediction: str) -> bool:
-        """Whether `prediction` is right: the same words, or the same option letter."""
+        """Whether `prediction` is right: the same words or option letter, or all of the facts."""
+        if self.facts is not None:
+            return all(self.facts.found(prediction).kept)
         return any(_same(prediction, one, self.prompt) for one in (self.answer, *self.also))
 
 
@@ -132,33 +138,19 @@ def option_letter(text: str) -> str:
 
 
 def _same(prediction: str, answer: str, prompt: str) -> bool:
-    words = _words(answer)
-    if _words(prediction) == words:
+    words = plain_words(answer)
+    if plain_words(prediction) == words:
         return True
     option = _option(answer)
     if option is None or option_letter(prediction) != option[1].upper():
         return False
     # "E. coli" is an option where the question has it; else, a reply of one letter alone names it.
-    return not option[2] or words in _words(prompt) or len(_words(prediction)) == 1
+    return not option[2] or words in plain_words(prompt) or len(plain_words(prediction)) == 1
 
 
 def _option(answer: str) -> re.Match[str] | None:
     """The letter and the words of a right answer such as "B" or "B. yield"."""
     return re.fullmatch(rf"[(\[]?([{LETTERS}{SMALL}])(?:[.):\]]+(\s.*)?)?", answer.strip(), re.S)
-
-
-def _words(text: str) -> str:
-    """The words in small letters, with the minus of numbers; a text without any as it stands.
-
-    Letters with accents are the same composed and decomposed (NFC, as NFKC takes 10² for 102).
-    """
-    text = unicodedata.normalize("NFC", text.lower())
-    text = re.sub(r"(?<!\w)[-−–](?=[^\w\s]?\d)", "minus ", text)
-    text = re.sub(r"[\ufe0e\ufe0f]", "", text)  # whether a sign is an emoji
-    # Combining marks stay: accents, and vowel signs of Hindi or Thai.
-    marks = ("Mn", "Mc")
-    words = re.sub(r"\W", lambda c: c[0] if unicodedata.category(c[0]) in marks else " ", text)
-    return " ".join(words.split()) or text.strip()
 
 
 def modality_of(media: Media) -> Literal["image", "video", "audio"]:

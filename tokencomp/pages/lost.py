@@ -1,4 +1,4 @@
-"""Items that the full model answers correctly and a compressed one does not, with pictures."""
+"""Items, or facts of long answers, that only the full model has right, with pictures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ KINDS = ("image", "video")
 
 @dataclass(frozen=True)
 class LostItem:
-    """One item that compression loses: what both models answer, and the file of its picture."""
+    """One item that compression loses: what both models answer, and the file of its picture.
+
+    `facts`: of an answer made of facts, those that only the full model has.
+    """
 
     id: str
     kind: str
@@ -33,17 +36,30 @@ class LostItem:
     full: str
     compressed: str
     picture: str
+    facts: str = ""
 
 
 def lost_ids(run: EvalRun, full: EvalRun, kind: str | None = None) -> list[str]:
-    """Ids that `full` answers and `run` does not, in natural order; all, or of a `kind`."""
-    right = {name for name, score in full.scores.items() if score >= 0.5}
-    lost = [
-        r["id"]
-        for r in run.answered
-        if r["id"] in right and float(r["correct"]) < 0.5 and kind in (None, r.get("kind"))
-    ]
-    return sorted(lost, key=_natural)
+    """Ids of items, all or of a `kind`, that only `full` has right, or facts of; natural order."""
+    own = {r["id"]: r for r in run.answered if kind in (None, r.get("kind"))}
+    return sorted((r["id"] for r in full.answered if _lost(r, own.get(r["id"]))), key=_natural)
+
+
+def can_lose(record: dict[str, Any]) -> bool:
+    """Whether a record of the full model has anything right."""
+    return any(record["facts"]) if "facts" in record else float(record["correct"]) >= 0.5
+
+
+def _lost(full: dict[str, Any], own: dict[str, Any] | None) -> bool:
+    if own is None or not can_lose(full):
+        return False
+    return bool(_lost_facts(full, own)) if "facts" in full else float(own["correct"]) < 0.5
+
+
+def _lost_facts(full: dict[str, Any], own: dict[str, Any]) -> list[int]:
+    """Numbers of the facts that only the full model has."""
+    pairs = zip(full.get("facts", ()), own.get("facts", ()), strict=True)
+    return [k for k, (there, here) in enumerate(pairs) if there and not here]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -73,7 +89,7 @@ def draw_lost(
     for kind in KINDS:
         names = [name for name in lost_ids(run, full, kind) if name in examples]
         chosen += [(kind, name) for name in names[:per_kind]]
-    said = {r["id"]: r["prediction"] for r in full.answered}
+    whole = {r["id"]: r for r in full.answered}
     own = {r["id"]: r for r in run.answered}
     items, answerer = [], Answerer({"": model}, processor, {})
     frames = with_scorer(frames, model, processor)
@@ -86,8 +102,10 @@ def draw_lost(
             picture = f"lost-{run.setting.label}-{number}.jpg"
             save_picture(kept_picture(row[1], stats, side), folder / picture, quality=80)
             question = record.get("prompt", row[0].prompt)
-            answers = (record["answer"], said[name], record["prediction"])
-            items.append(LostItem(name, kind, question, *answers, picture))
+            said, facts = whole[name]["prediction"], row[0].facts
+            lost = [facts.wordings[k][0] for k in _lost_facts(whole[name], record)] if facts else []
+            answers = (record["answer"], said, record["prediction"])
+            items.append(LostItem(name, kind, question, *answers, picture, "; ".join(lost)))
     return items
 
 

@@ -13,11 +13,12 @@ from PIL import Image
 
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.comparisons import Comparisons, comparisons, losses, paired_tests
+from tokencomp.evaluation.fact_places import FactsKept, facts_kept, place_names
 from tokencomp.evaluation.metrics import McNemar, Retention
 from tokencomp.evaluation.runs import IDENTITY, EvalRun, averaged
 from tokencomp.evaluation.settings import FULL
 from tokencomp.pages.html import render
-from tokencomp.pages.lost import lost_ids, read_lost
+from tokencomp.pages.lost import can_lose, lost_ids, read_lost
 from tokencomp.pages.pictures import data_uri
 from tokencomp.pages.plots import Point, accuracy_point
 from tokencomp.pages.plots import lines as draw
@@ -36,6 +37,7 @@ class Line:
     flops: float = 1.0
     kv_bytes: float = 1.0
     seconds: float = float("nan")
+    facts: FactsKept | None = None
 
     @property
     def deviation(self) -> str:
@@ -74,6 +76,7 @@ def _line(run: EvalRun, full: EvalRun, runs: Sequence[EvalRun]) -> Line:
         },
         **{name: _share(run, full, name) for name in ("flops", "kv_bytes", "seconds")},
         "comparisons": comparisons(run, runs),
+        "facts": facts_kept(run, full),
     }
     if run is not full and (run.answered or not full.answered):
         values |= paired_tests(run, runs)
@@ -111,6 +114,7 @@ def write(table: Sequence[Line], path: Path) -> Path:
         losses=losses([line.run for line in table]),
         compared=any(line.comparisons.random or line.comparisons.downscale for line in table),
         lost=_lost(table),
+        places=places_of(table),
     )
 
 
@@ -125,11 +129,16 @@ def _lost(table: Sequence[Line]) -> list[dict[str, Any]]:
         cards = [
             {"item": item, "uri": data_uri(Image.open(folder / item.picture))} for item in items
         ]
-        right = sum(score >= 0.5 for score in full.scores.values())
+        right = sum(map(can_lose, full.answered))
         shown.append(
             {"line": line, "count": len(lost_ids(line.run, full)), "of": right, "cards": cards}
         )
     return shown
+
+
+def places_of(table: Sequence[Line]) -> dict[int, str]:
+    """Columns of the table of facts: places in the answer; {} without questions with facts."""
+    return place_names(table[0].facts) if table and table[0].facts else {}
 
 
 def score_rows(table: Sequence[Line]) -> list[tuple[str, list[str]]]:
