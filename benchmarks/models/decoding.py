@@ -205,7 +205,8 @@ says, and random weights; one image between 64 tokens of text; SDPA. "merged" is
 `patch`. KV MiB and ms are of these layers: for a whole model, multiply by its layers. Milliseconds
 are medians of {rounds} rounds of {steps} tokens; the last column is the median of the rounds
 against the unpatched model in the same round. Peak is what the prompt allocates at most, its cache
-included. Python calls are functions of a step, those of the model included. {choice} [All benchmark
+included. Python calls are functions of a step, those of the model included. {choice} Other work ran
+on the machine's second core, which the 2B rows in bfloat16 at 4,096 tokens show. [All benchmark
 pages](../README.md)."""
 
 

@@ -272,7 +272,8 @@ runs. Fewer FLOPs: the same for the decoder's arithmetic. Time may gain more, be
 costs more time per FLOP than a short one: a text of the compressed length, without any patch, takes
 78 to 98 % of the compressed time where it was measured (`of_native`). Reducer: its own time,
 scoring included, as a share of the full prefill. Peak memory and KV cache: shares of the unpatched
-run's, at the highest ratio; a cache with merged tokens keeps its size. [All cases](prefill.csv)."""
+run's, at the highest ratio; when this was measured, a merged token was stored once for every token
+that it represents ([since then](decoding.md) once). [All cases](prefill.csv)."""
 
 
 def page(records: list[dict[str, Any]]) -> str:
