@@ -5,8 +5,8 @@
 
 Three tables: the error of log(weight) against float64; logits of decode steps of embedded models in
 bfloat16 against the same steps in float64, on the same rounded cache; and answers of these models
-to validation questions, in bfloat16 and in float32. Dropping, which has no weights, stands beside
-them: its errors are those of bfloat16 itself.
+to validation questions, in bfloat16 and in float32. Every table has dropping, which adds no
+weights: its errors are those of bfloat16.
 """
 
 from __future__ import annotations
