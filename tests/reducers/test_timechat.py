@@ -17,7 +17,7 @@ from torch import Tensor
 
 import tokencomp
 from tokencomp import Plan, Stage, Tokens, make_reducer
-from tokencomp.engine.choose import frames_before
+from tokencomp.engine.frames import frames_before
 from tokencomp.engine.memory import Memory
 from tokencomp.engine.rowmap import RowMap
 from tokencomp.errors import PlanError

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from tokencomp.engine.memory import Memory
 from tokencomp.tokens.tokens import Kept, VisualSpan
 
+Chosen = list[tuple[int, int]]  # (sample, span) of the spans from which a reducer chooses
+
 
 @dataclass(frozen=True)
 class KeptSpan:
@@ -232,9 +234,8 @@ class RowMap:
         )
 
     def keep(
-        self, counts: list[list[int]], chosen: list[tuple[int, int]], kept: Kept | None,
-        device: torch.device,
-    ) -> tuple[RowMap, Tensor, Tensor | None]:  # fmt: skip
+        self, counts: list[list[int]], chosen: Chosen, kept: Kept | None, device: torch.device
+    ) -> tuple[RowMap, Tensor, Tensor | None]:
         """The map after a stage, and which rows it keeps.
 
         One index table with the rows of text and whole spans is built on the host and moved to the

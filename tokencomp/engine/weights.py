@@ -9,7 +9,7 @@ A merged token is the mean of n tokens. Proportional attention adds log(n) to it
 The cache holds plain keys, so that layers of any class (quantized, static, offloaded) store them as
 without a patch. The weights are in the row map of the layers (`RowMap.weights`).
 
-    stage        `merge_rest` averages dropped patches into their nearest kept patch
+    stage        `merge_rest` (`reducers/choice.py`) averages dropped patches into the nearest kept
     prefill      `RowWeights` widens queries and keys by a few dimensions, whose product is log(n).
                  SDPA, FlashAttention and eager attention run unchanged, without a mask
     later calls  `carrier` decides, for every call: a mask of numbers, which adds log(n) without
@@ -23,7 +23,7 @@ import inspect
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -33,14 +33,8 @@ from torch import Tensor, nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.call import Call, CallHooks, RunningCalls
 from tokencomp.engine.checks import refuse_recomputation
-from tokencomp.errors import (
-    MergeWarning,
-    OptionError,
-    UnsupportedModelError,
-)
+from tokencomp.errors import MergeWarning, UnsupportedModelError
 from tokencomp.plan.plan import Plan
-from tokencomp.tokens.stacks import nearest
-from tokencomp.tokens.tokens import Kept, Tokens
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.checkpointing import checkpoint_functions
 from tokencomp.torchlib.replace import AttributeView, MethodReplacement, shallow_copy
@@ -48,44 +42,6 @@ from tokencomp.torchlib.replace import AttributeView, MethodReplacement, shallow
 NAME = "tokencomp_proportional"
 MULTIPLE = 8  # FlashAttention requires head dimensions that are multiples of 8
 MOST_DIMS = 256  # largest head dimension of FlashAttention
-DROPPED = -1  # target of patches that are dropped
-
-# -- stage --------------------------------------------------------------------------------------
-
-
-def merge_rest(tokens: Tokens, kept: Kept, merging: Sequence[bool], reducer: str) -> Kept:
-    """Merge every patch that is not kept into its nearest kept patch.
-
-        target_i = argmax over kept j of the span of cos(x_i, x_j);    x_j ← Σ w_i x_i / Σ w_i
-
-    over j and all i with target j, where w is the number of tokens that a patch already represents.
-
-    Parameters
-    ----------
-    kept
-        A choice among `tokens`: rows only.
-    merging
-        For every span, whether its patches are merged; otherwise they are dropped.
-    reducer
-        Name of the reducer, for the message.
-    """
-    from tokencomp.kernels import merge_rows
-
-    if kept.features is not None or kept.weights is not None:
-        raise OptionError(
-            f"merge=True: {reducer!r} returns features or weights itself, so there are no "
-            "tokens left to merge. Leave merge out; a reducer that merges should say so "
-            "(`Traits(merges=True)`)."
-        )
-    x, rows = tokens.features, kept.patches
-    # Every patch merges into its nearest kept patch, or into none; kept patches into themselves.
-    target = nearest(tokens.lengths, x, rows, tokens.budgets)
-    if not all(merging):
-        target = target.where(tokens.per_patch([*map(int, merging)]).bool(), DROPPED)
-    target = target.index_copy(0, rows, rows)
-    merged = merge_rows(x, target, rows, tokens.weights, trusted=True)
-    return Kept(rows, merged.x, merged.sizes.float())
-
 
 # -- later calls: a mask of numbers, or wider heads ---------------------------------------------
 

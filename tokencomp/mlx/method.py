@@ -94,8 +94,8 @@ class ChosenMethod(StageOptions):
 
     @functools.cached_property
     def torch_reducer(self) -> Any:
-        """The reducer of `tokencomp.reducers`; None for those of `SELECT`."""
-        if self.name in SELECT:
+        """The reducer of `tokencomp.reducers`; None: those of `SELECT` and `merged` do all."""
+        if self.name in SELECT and self.stage_options.keys() <= {"merge"}:
             allowed = list(inspect.signature(SELECT[self.name]).parameters)[3:]
             if wrong := sorted(set(self.options) - set(allowed)):
                 raise OptionError(
@@ -127,35 +127,39 @@ class ChosenMethod(StageOptions):
 
     def kept(self, span: Span, share: BudgetShare, x: mx.array) -> KeptRows:
         """Reduce one span of tokens x (n, d); `share`: its share in a budget."""
-        special = int(span.special.sum())
+        special = np.flatnonzero(span.special)
         left = self.left(share)
-        keep = keep_count(len(x), left, special)
+        keep = keep_count(len(x), left, len(special))
         if keep in (0, len(x)):
             return KeptRows(np.arange(keep))
+        merges = keep > len(special) and self.merges(span.modality, left)
         if self.torch_reducer is not None:
-            kept = self._by_torch(span, x, keep)
-        else:
-            patches = np.flatnonzero(~span.special)
-            rows = x if not special else x[mx.array(patches)]
-            chosen = SELECT[self.name](rows, span.grid, keep - special, **self.options)
-            offsets = np.sort(np.append(patches[chosen], np.flatnonzero(span.special)))
-            kept = KeptRows(offsets)
-        if keep == special or not self.merges(span.modality, left):
-            return kept
-        features, sizes = merged(x, kept.offsets, span.special)
-        return KeptRows(kept.offsets, features.astype(x.dtype), sizes)
+            return self._by_torch(span, x, keep, left, merges)
+        patches = np.flatnonzero(~span.special)
+        rows = x if not len(special) else x[mx.array(patches)]
+        chosen = SELECT[self.name](rows, span.grid, keep - len(special), **self.options)
+        offsets = np.sort(np.append(patches[chosen], special))
+        if not merges:
+            return KeptRows(offsets)
+        features, sizes = merged(x, offsets, span.special)
+        return KeptRows(offsets, features.astype(x.dtype), sizes)
 
-    def _by_torch(self, span: Span, x: mx.array, keep: int) -> KeptRows:
+    def _by_torch(self, span: Span, x: mx.array, keep: int, left: float, merges: bool) -> KeptRows:
         import torch
 
-        from tokencomp.reducers.base import reduced
-        from tokencomp.tokens.tokens import Tokens
+        from tokencomp.plan.plan import Stage
+        from tokencomp.reducers.choice import Cut, Patches, choose_patches
+        from tokencomp.tokens.tokens import VisualSpan
 
-        rows, special = torch.from_numpy(np.array(x.astype(mx.float32))), span.special
-        patches, fixed = (torch.from_numpy(np.flatnonzero(mask)) for mask in (~special, special))
         modality: Any = span.modality
-        tokens = Tokens(rows[patches], [span.grid], [keep - len(fixed)], modalities=[modality])
-        kept = reduced(self.torch_reducer, tokens).with_fixed(rows, patches, fixed)
-        own = kept.features
-        features = None if own is None else mx.array(own.float().numpy()).astype(x.dtype)
-        return KeptRows(kept.patches.numpy(), features)
+        special = tuple(np.flatnonzero(span.special).tolist())
+        cut = Cut.of(VisualSpan(0, len(x), span.grid, modality, special), len(x), keep, left)
+        rows = torch.from_numpy(np.array(x.astype(mx.float32)))
+        stage = Stage(0, left, self.torch_reducer, **self.stage_options)
+        kept = choose_patches(Patches.of([cut], rows), stage)
+        features = sizes = None
+        if kept.features is not None:
+            features = mx.array(kept.features.float().numpy()).astype(x.dtype)
+        if merges and kept.weights is not None:
+            sizes = kept.weights.long().numpy()
+        return KeptRows(kept.patches.numpy(), features, sizes)

@@ -25,7 +25,7 @@ from tokencomp.mlx.method import ChosenMethod
 from tokencomp.mlx.spans import Span, find_spans
 from tokencomp.mlx.weights import RowWeights, with_weights
 from tokencomp.plan.counts import budget_shares
-from tokencomp.plan.options import Merging
+from tokencomp.plan.options import Merging, split
 from tokencomp.torchlib.replace import Installed, MethodReplacement
 
 ATTRIBUTE = "_tokencomp_handle"
@@ -77,7 +77,7 @@ def patch(
         as the tokens that they represent (True), or drop them (False). "auto" merges in images that
         keep at least a tenth. None: "auto" for the reducer "auto", else False.
     **options
-        Options of the reducer.
+        Further options of the stages (`StageOptions`), through torch, and those of the reducer.
 
     Returns
     -------
@@ -98,7 +98,8 @@ def patch(
             "first; for models of transformers use tokencomp.patch."
         )
     check_model(getattr(model.config, "model_type", None))
-    method = ChosenMethod(ratio, reducer, options, budget, merge=merge)
+    stage, options = split({"merge": merge, **options})
+    method = ChosenMethod(ratio, reducer, options, budget, **stage)
     unpatch(model)
     return Handle(model, method)
 

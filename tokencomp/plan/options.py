@@ -2,7 +2,7 @@
 
 `patch`, `Handle.set`, plans and their JSON form, settings of evaluations, servers and the command
 line iterate over the fields of `StageOptions`. An option is added by its field here and by what it
-does in the engine (CONTRIBUTING.md, "Add an option of a stage").
+does in `choose_patches` (CONTRIBUTING.md, "Add an option of a stage").
 """
 
 from __future__ import annotations
@@ -98,8 +98,7 @@ class Option:
     Attributes
     ----------
     off
-        The value without effect, which the JSON form of a plan leaves out. Serving engines other
-        than transformers take no other value, except that vLLM can merge.
+        The value without effect, which the JSON form of a plan leaves out.
     help
         Its line on the command line.
     usual
@@ -110,8 +109,9 @@ class Option:
         `OptionError` for a value that is out of range, or that the reducer does not allow.
     words
         Its values in tables and in the repr of a handle; by default "name=value".
-    hf_only
-        Why the plugins for serving engines cannot have it.
+    weighs
+        Whether rows represent several tokens, so that attention must count them as often: refused
+        where an engine cannot.
     """
 
     off: Any
@@ -119,7 +119,7 @@ class Option:
     usual: Callable[[Any], Any] | None = None
     check: Callable[[Any, AnyReducer | None], None] | None = None
     words: Mapping[Any, str] = field(default_factory=dict)
-    hf_only: str = "only the engine hf runs this option"
+    weighs: bool = False
 
     def meaning(self, reducer: Any) -> Any:
         """The value that None stands for with this reducer ("auto", a name or a `Reducer`)."""
@@ -146,8 +146,7 @@ MERGE = Option(
     usual=lambda reducer: "auto" if reducer == "auto" else False,
     check=_check_merge,
     words={True: "merging the rest", "auto": "merging the rest of images"},
-    hf_only="merged tokens have weights, which the attention of SGLang, and of vLLM without "
-    "--merge, does not support",
+    weighs=True,
 )
 
 

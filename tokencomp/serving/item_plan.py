@@ -20,7 +20,7 @@ from torch import Tensor
 from tokencomp import __version__
 from tokencomp.method import MethodSpec
 from tokencomp.plan.counts import Budget, budget_shares
-from tokencomp.plan.plan import TowerStage
+from tokencomp.plan.plan import Stage, TowerStage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer, options_of
 from tokencomp.serving.spec import OPERATOR_OPTIONS
@@ -81,7 +81,8 @@ class ItemPlan:
     # Fraction of the cells that the tower sees, a budget in its place, and the reducer; None: all.
     tower: tuple[float, int | None, str, str] | None = None
     weights: str = ""  # hash of trained weights, which workers read again when it changes
-    merge: bool = False
+    fraction: float = 1.0  # of the item that the stage keeps, on which merge="auto" depends
+    stage_options: str = "{}"  # those in force, as JSON
     cells: tuple[int, ...] | None = None  # ascending, that the tower sees; None: not from pixels
 
     @classmethod
@@ -107,22 +108,21 @@ class ItemPlan:
             plan.counts(span, 1, share) or [plan.entering(span)]
             for span, share in zip(spans, each, strict=True)
         ]
-        # All spans of an item have the same fraction, on which merge="auto" depends.
-        modality, stages = spans[0].modality, plan.stages
-        merge = any(s.merges(modality, s.fraction_of(modality, each[0])) for s in stages)
-        bound, tower = (
-            (spec.repeats.later if spec.repeats else spec.built_reducer).bind(facts),
-            None,
-        )
+        bound = (spec.repeats.later if spec.repeats else spec.built_reducer).bind(facts)
         name, options = _described(bound)
+        fraction, on, tower = 1.0, {}, None
+        for stage in plan.stages:  # all spans of an item have the same fraction
+            fraction, on = stage.fraction_of(spans[0].modality, each[0]), stage.stage_options
         if plan.tower is not None:
             tokens = plan.tower.budget.tokens if plan.tower.budget else None
             tower = (plan.tower.fraction, tokens, *_described(plan.tower.reducer))
         keep = tuple(count[-1] for count in counts)
         if cells is not None:
             keep, cells = (min(*keep, len(cells)),), tuple(cells)
-        weights = _weights_of(bound)
-        return cls(tuple(spans), keep, name, options, extent, tower, weights, merge, cells)
+        return cls(
+            tuple(spans), keep, name, options, extent, tower, _weights_of(bound), fraction,
+            json.dumps(on, sort_keys=True), cells,
+        )  # fmt: skip
 
     @property
     def modality(self) -> Any:
@@ -150,6 +150,17 @@ class ItemPlan:
         return list(zip(self.spans, self.keep, strict=True))
 
     @cached_property
+    def stage(self) -> Stage:
+        """The stage before the first decoder layer."""
+        reducer = built(self.reducer, self.options, self.weights)
+        return Stage(0, self.fraction, reducer, **json.loads(self.stage_options))
+
+    @property
+    def merge(self) -> bool:
+        """Whether dropped tokens are merged."""
+        return self.stage.merges(self.modality, self.fraction)
+
+    @cached_property
     def tower_stage(self) -> TowerStage | None:
         """The stage in the vision tower, if any; equal for items that one call may encode."""
         if self.tower is None:
@@ -170,18 +181,21 @@ class ItemPlan:
         """The plan as bytes of JSON: a uint8 tensor that every transport carries unchanged."""
         spans = [[s.grid, s.special] for s in self.spans]
         reducer = [self.reducer, self.options, self.extent, self.tower, self.weights]
-        plan = [self.modality, spans, self.keep, *reducer, self.merge, self.cells]
+        stage = [self.fraction, self.stage_options]
+        plan = [self.modality, spans, self.keep, *reducer, *stage, self.cells]
         return torch.frombuffer(bytearray(json.dumps(plan).encode()), dtype=torch.uint8)
 
     @classmethod
     def from_tensor(cls, data: Tensor) -> ItemPlan:
         """Inverse of `to_tensor`."""
-        values = json.loads(bytes(data.tolist()).decode())
-        modality, spans, keep, reducer, options, extent, tower, weights, merge, cells = values
-        own = tuple(item_span(modality, tuple(grid), special) for grid, special in spans)
+        modality, spans, keep, *middle, cells = json.loads(bytes(data.tolist()).decode())
+        reducer, options, extent, tower, weights, fraction, on = middle
+        items = tuple(item_span(modality, tuple(grid), special) for grid, special in spans)
         tower = tuple(tower) if tower else None
         cells = None if cells is None else tuple(cells)
-        return cls(own, tuple(keep), reducer, options, extent, tower, weights, merge, cells)
+        return cls(
+            items, tuple(keep), reducer, options, extent, tower, weights, fraction, on, cells
+        )
 
 
 def _described(reducer: Reducer) -> tuple[str, str]:

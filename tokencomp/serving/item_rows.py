@@ -6,15 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.engine.weights import merge_rest
 from tokencomp.errors import ScoreError
-from tokencomp.reducers.base import Reducer, reduced
-from tokencomp.serving.item_plan import ItemPlan, built
+from tokencomp.reducers.choice import Cut, Patches, choose_patches
+from tokencomp.serving.item_plan import ItemPlan
 from tokencomp.serving.offsets import with_offsets
-from tokencomp.tokens.tokens import Tokens, VisualSpan
 
 
 def reduce_item(
@@ -44,54 +43,22 @@ def reduce_item(
             f"the vision tower gave {features.shape[0]} tokens for a planned {plan.full}: "
             "this engine version lays out media in another way than the plan."
         )
-    reducer = built(plan.reducer, plan.options, plan.weights)
-    rows, sizes, index, start = [], [], [], 0
-    for span, keep in plan.counted:
-        stop, places = start + span.length, None
-        if present is not None:
-            places = present[(present >= start) & (present < stop)] - start
-        row, size, kept = _reduce_span(
-            reducer, features[start:stop], span, keep, places, plan.merge
-        )
-        rows.append(row)
-        sizes.append(size)
-        index.append(kept + start)
-        start = stop
-    x = torch.cat(rows)
+    counts = [span.length for span in plan.spans]
+    if present is not None:
+        features = features[present]
+        ends = torch.tensor(np.cumsum(counts), device=present.device)
+        counts = np.diff(torch.searchsorted(present, ends).tolist(), prepend=0).tolist()
+    cuts = [
+        Cut.of(span, count, keep, plan.fraction)
+        for span, count, keep in zip(plan.spans, counts, plan.keep, strict=True)
+    ]
+    kept = choose_patches(Patches.of(cuts, features, present), plan.stage)
+    index = kept.patches if present is None else present[kept.patches]
+    x = features[kept.patches] if kept.features is None else kept.features.to(features)
     if plan.merge and plan.kept < plan.full:
-        x = with_offsets(x, torch.cat(sizes)[None])
-    return x, torch.cat(index)
-
-
-def _reduce_span(
-    reducer: Reducer,
-    features: Tensor,
-    span: VisualSpan,
-    keep: int,
-    present: Tensor | None,
-    merge: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, how many tokens each represents (int64), and the token that each comes from."""
-    from tokencomp.kernels.dispatch import exact
-
-    if present is None:
-        present = torch.arange(span.length, device=features.device)
-    if keep == len(present):
-        return features[present], torch.ones_like(present), present
-    fixed = span.special_mask(features.device)
-    patches, special = present[~fixed[present]], present[fixed[present]]
-    tokens = Tokens(
-        features[patches], [span.grid], [keep - len(special)], [len(patches)], [span.modality],
-        None if len(present) == span.length else ((~fixed).cumsum(0) - 1)[patches],
-    )  # fmt: skip
-    with exact(features, reducer.traits.batched):
-        kept = reduced(reducer, tokens)
-        if merge and keep > len(special):
-            kept = merge_rest(tokens, kept, [True], reducer.name)
-    kept = kept.with_fixed(features, patches, special)
-    rows = features[kept.patches] if kept.features is None else kept.features.to(features)
-    sizes = torch.ones_like(kept.patches) if kept.weights is None else kept.weights.long()
-    return rows, sizes, kept.patches
+        sizes = torch.ones_like(index) if kept.weights is None else kept.weights.long()
+        x = with_offsets(x, sizes[None])
+    return x, index
 
 
 def reduce_rows(

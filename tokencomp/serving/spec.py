@@ -179,8 +179,8 @@ class ServerOptions:
     ) -> Any:
         """The value of a stage option: the request's, else the default's if the reducer allows it.
 
-        A default of "auto" is for the default reducer only. Plugins turn "auto" off and refuse
-        other values, except that vLLM can merge.
+        A default of "auto" is for the default reducer only. Of options with weights, engines whose
+        attention has none turn "auto" off, and refuse other values.
         """
         known, value = OPTIONS[name], values.get(name)
         if value is None:
@@ -190,13 +190,14 @@ class ServerOptions:
                 value = known.meaning(self.default.reducer)
             if (value == "auto" and not usual) or not _allowed(name, value, reducer):
                 value = None
-        able = engine == "hf" or (engine == "vllm" and name == "merge" and self.merging)
+        able = not known.weighs or engine == "hf" or (engine == "vllm" and self.merging)
         if able or value is None or value == known.off:
             return value
         if value != "auto":
             raise OptionError(
-                f"{name}={json.dumps(value)}: {known.hf_only}. Leave it out, or serve with "
-                "`--engine hf`."
+                f"{name}={json.dumps(value)}: rows that represent several tokens need weights in "
+                "attention, which SGLang, and vLLM without --merge, do not support. Leave it out, "
+                "or serve with `--engine hf`."
             )
         return known.off
 

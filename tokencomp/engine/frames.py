@@ -1,0 +1,55 @@
+"""The signal `FRAMES`: the frame before every picture of a call, for reducers that compare them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokencomp.engine.call import Call
+from tokencomp.engine.memory import Entered
+from tokencomp.tokens.signals import FRAMES
+
+
+def frames_before(call: Call, x: Tensor) -> list[list[Tensor | None]]:
+    """The latest frame of the same shape before every span, of the call or an earlier one.
+
+    The call gets the last frame of every span, for the memory of its cache.
+
+    Parameters
+    ----------
+    x : Tensor, shape (B, n, d)
+        Input of the first decoder layer, for all tokens of the call.
+
+    Returns
+    -------
+    list per sample of list per span of Tensor, shape (height · width, d), or None
+        None if there is no earlier frame of this shape.
+    """
+    found, unknown = [], set()
+    for b, known in enumerate(call.memory.of(len(call.map.spans))):
+        latest: dict[Any, Tensor | None] = {}
+        frames, part, item = [], 0, None
+        for kept in call.map.spans[b]:
+            span = kept.span
+            part, item = (part + 1 if span.item == item else 0), span.item
+            _, h, w = span.grid
+            key = (FRAMES, span.modality, h, w, part)
+            if key not in latest:
+                latest[key] = known[key].known() if key in known else None
+            frames.append(latest[key])
+            if not (kept.whole and span.grid_known):
+                unknown.add(span.modality)
+                latest[key] = None
+                continue
+            patches = np.flatnonzero(~span.fixed_mask())[None, -h * w :]
+            rows = torch.from_numpy(kept.start + patches[0]).to(x.device)
+            latest[key] = frame = x[b, rows].detach()
+            call.entered.append(
+                Entered(b, key, span.start + patches, frame, (span.start, span.stop))
+            )
+        found.append(frames)
+    call.compared |= {(FRAMES, modality) for modality in call.modalities - unknown}
+    return found
