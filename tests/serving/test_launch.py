@@ -43,8 +43,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (tmp_path / "config.json").write_text(json.dumps(config))
         given = {"ratio": 0.5, **options}
         rules = bind or Bind(), limits or Limits()
-        paths = given.pop("paths", ())
-        return launch.vllm_command(str(tmp_path), given, *rules, extra, paths)
+        more = given.pop("paths", ()), given.pop("routers", ())
+        return launch.vllm_command(str(tmp_path), given, *rules, extra, *more)
 
     return command
 
@@ -86,6 +86,18 @@ def test_what_the_operator_opens(start: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert json.loads(env["TOKENCOMP_SERVING"])["ratio_by_load"] == "0.75:4096"
     for flag in ("--shutdown-timeout", REMOTE, "--max-num-queued-reqs"):
         assert flag not in start(f"{flag}=5")[0]
+
+
+def test_roles_and_their_router(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One ratio in all roles; parameters of transfers from named addresses only."""
+    for flag in ("--kv-transfer-config", "--ec_transfer_config={}"):
+        with pytest.raises(OptionError, match="--ratio-by-load"):
+            start(flag, ratio_by_load="0.75:4096")
+    _, env = start(routers=["10.0.0.7", "fd00::/8"])
+    monkeypatch.setenv("TOKENCOMP_RULES", env["TOKENCOMP_RULES"])
+    assert Rules.from_environment().routers == ("10.0.0.7", "fd00::/8") and Rules().routers == ()
+    with pytest.raises(OptionError, match="--router"):
+        start(routers=["router.example"])
 
 
 def test_other_flags_reach_vllm(start: Any, tmp_path: Path) -> None:
@@ -181,7 +193,7 @@ def test_an_embedded_model_has_its_name_on_vllm(
     arguments: list[str], names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[tuple[str, list[str]]] = []
-    monkeypatch.setattr(launch, "run_vllm", lambda model, *args: started.append((model, args[-2])))
+    monkeypatch.setattr(launch, "run_vllm", lambda model, *args: started.append((model, args[3])))
     assert run("serve", "--engine", "vllm", "--model", "tiny-qwen2-vl", *arguments) in (0, None)
     ((folder, extra),) = started
     assert (Path(folder) / "config.json").exists()

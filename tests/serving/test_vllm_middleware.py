@@ -20,7 +20,7 @@ from support.serving.files import data, image
 
 from tokencomp.serving.limits import Limits, RequestError
 from tokencomp.serving.saved import Saved
-from tokencomp.serving.vllm import request_checks
+from tokencomp.serving.vllm import request_checks, roles
 from tokencomp.serving.vllm.middleware import UNREADABLE, Guard
 
 KEY = ("authorization", "Bearer secret")
@@ -299,3 +299,83 @@ def test_refusals_of_the_loader_of_videos_keep_their_status() -> None:
         ask(vllm(app=Vllm(RequestError("too large", 413), late=True)), b"{}")
     with pytest.raises(TypeError):  # a mistake of the server
         ask(vllm(app=Vllm(raised_in("vllm.multimodal.video", TypeError()))), b"{}")
+
+
+# -- roles ----------------------------------------------------------------------------------------
+
+HERE = {"routers": ("127.0.0.0/8",)}
+
+
+def test_transfer_parameters_are_for_routers() -> None:
+    """They name hosts to which the engine connects; in a wrong form they would end it."""
+    asked = {"remote_host": "192.0.2.1", "do_remote_prefill": True}
+    for name in ("kv_transfer_params", "ec_transfer_params"):
+        direct = user("a", **{name: asked})
+        assert ask(vllm(), direct).status == 403
+        assert sent(direct, rules=HERE) == direct
+        assert ask(vllm(rules={"routers": ("10.0.0.0/8", "::1")}), direct).status == 403
+        assert sent(user("a", **{name: None}))
+        for value in (asked, "text"):  # vLLM reads them here too
+            for hidden in (
+                {"vllm_xargs": {name: value}},
+                {"sampling_params": {"extra_args": {name: value}}},
+            ):
+                assert ask(vllm(), user("a", **hidden)).status == 403
+                assert ask(vllm(rules=HERE), user("a", **hidden)).status == 400
+        assert ask(vllm(rules=HERE), user("a", **{name: "text"})).status == 400
+
+
+def test_a_decode_takes_the_blocks_of_its_own_prompt_only() -> None:
+    """Connectors move blocks by number, whatever the tokens in them."""
+    prompt = {"prompt_token_ids": [1, 2, 2, 3], "mm_hashes": {"image": ["a", "b"]}}
+    others = [
+        {**prompt, "prompt_token_ids": [1, 2, 3]},  # another ratio
+        {**prompt, "mm_hashes": {"image": ["a", "c"]}},  # another reducer
+        {**prompt, "mm_hashes": {"image": ["b", "a"]}},
+        {**prompt, "mm_hashes": {"video": ["a", "b"]}},
+    ]
+    taken = {"do_remote_prefill": True, "remote_num_tokens": 4, "tokencomp": roles.mark_of(prompt)}
+    roles.check_transfer(dict(prompt), taken)
+    for params in (None, {}, {"do_remote_decode": True}):
+        roles.check_transfer(prompt, params)
+    for other in others:
+        with pytest.raises(RequestError, match="4 tokens there"):
+            roles.check_transfer(other, taken)
+    with pytest.raises(RequestError, match="without 'tokencomp'"):
+        roles.check_transfer(prompt, {"do_remote_prefill": True, "remote_num_tokens": 4})
+    with pytest.raises(RequestError, match="earlier turn"):
+        roles.check_transfer(prompt, {"do_remote_decode": True, "remote_block_ids": [[1]]})
+
+
+def test_the_prefill_marks_what_it_hands_over() -> None:
+    """Through vLLM's client, as a server calls it."""
+    prompt = {
+        "prompt_token_ids": [1, 2], "mm_hashes": {"image": ["a"]}, "mm_kwargs": {},
+        "tokencomp": Saved("kcenter", {"ratio": 0.75}, {"image": (80, 20)}),
+    }  # fmt: skip
+    handed = {"remote_num_tokens": 2}
+
+    async def generate(prompt: Any, sampling: Any, *_: Any) -> Any:
+        yield SimpleNamespace(kv_transfer_params=None)
+        yield SimpleNamespace(kv_transfer_params=handed)
+
+    client = SimpleNamespace(shutdown=None, generate=generate, errored=False)
+    outputs: list[Any] = []
+    params: list[Any] = [{"do_remote_decode": True}]
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "lifespan":
+            sampling = SimpleNamespace(extra_args={"kv_transfer_params": params[0]})
+            async for output in client.generate(dict(prompt), sampling, "an id"):
+                outputs.append(output.kv_transfer_params)
+            await Vllm()(scope, receive, send)
+
+    guard = vllm(app=app)
+    state = SimpleNamespace(engine_client=client)
+    asyncio.run(guard({"type": "lifespan", "app": SimpleNamespace(state=state)}, None, None))  # type: ignore[arg-type]
+    assert ask(guard, user("a")).status == REACHED
+    mark = roles.mark_of(prompt)
+    assert outputs == [None, {**handed, "tokencomp": mark}]
+    for given, status in ((mark, REACHED), ("another", 400)):
+        params[0] = {"do_remote_prefill": True, "tokencomp": given}
+        assert ask(guard, user("a")).status == status

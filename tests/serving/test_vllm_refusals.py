@@ -24,7 +24,7 @@ from tokencomp.errors import OptionError, RatioError, UnsupportedModelError
 from tokencomp.method import MethodSpec
 from tokencomp.serving.item_plan import ItemPlan, ItemSize, field_name, item_span
 from tokencomp.serving.item_rows import batches, reduce_rows
-from tokencomp.serving.offsets import pack_offsets, unpack_offsets
+from tokencomp.serving.offsets import pack_offsets, split_text, unpack_offsets, with_text
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import checks, entry, internvl, mrope, processing
 from tokencomp.serving.vllm.metrics import count_nonfinite, counters, item_sizes
@@ -128,6 +128,18 @@ def test_offsets_survive_any_dtype(dtype: torch.dtype) -> None:
         pack_offsets(torch.tensor([[65536], [0], [0]]), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_token_ids_survive_any_dtype(dtype: torch.dtype) -> None:
+    """Text between frames that an encoder without embeddings of text hands to a decoder."""
+    generator = torch.Generator().manual_seed(0)
+    offsets = torch.randint(0, 65536, (3, 5000), generator=generator)
+    ids, text = torch.randint(0, 1 << 24, (2, 5000), generator=generator)[0], offsets[0] % 3 == 0
+    offsets[:, text] = offsets[0, text]  # text has one position
+    back, words, found = split_text(unpack_offsets(with_text(offsets, ids, text).to(dtype)))
+    assert torch.equal(back, offsets) and torch.equal(found, text)
+    assert torch.equal(words, torch.where(text, ids, 0))
+
+
 @pytest.mark.parametrize("factor", [None, 4.0])
 def test_longer_tables_keep_their_entries(factor: float | None) -> None:
     from vllm.config import VllmConfig, set_current_vllm_config
@@ -224,6 +236,17 @@ def test_towers_that_cannot_be_shortened(settings: Any, kind: type) -> None:
     processor._check_tower(MethodSpec("uniform", 0.5))
     with pytest.raises(OptionError):
         processor._check_tower(MethodSpec("uniform", 0.5, tower_ratio=0.4))
+
+
+def test_an_encoder_gets_pictures_one_by_one() -> None:
+    multimodal = SimpleNamespace(mm_encoder_only=True)
+    context = SimpleNamespace(model_config=SimpleNamespace(multimodal_config=multimodal))
+    processor = object.__new__(CompressingProcessor)
+    processor.info = SimpleNamespace(ctx=context)
+    for name in ("kcenter", "pixelprune"):
+        processor._check_tower(MethodSpec(name, 0.5, tower_ratio=0.4 if name == "kcenter" else 0.0))
+    with pytest.raises(OptionError, match="one by one"):
+        processor._check_tower(MethodSpec("delta"))
 
 
 def test_keys_of_media_are_those_of_their_plan(monkeypatch: pytest.MonkeyPatch) -> None:

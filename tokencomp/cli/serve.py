@@ -106,6 +106,14 @@ def command(
             "end, all below it; repeatable.",
         ),
     ] = None,
+    router: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--router",
+            help="Address or network of routers, which may send kv_transfer_params and "
+            "ec_transfer_params to vLLM; repeatable. By default nobody may.",
+        ),
+    ] = None,
     frames: Annotated[
         str,
         typer.Option(
@@ -188,9 +196,10 @@ def command(
             extra += ["--max-model-len", str(max_model_len)]
         if source.dtype != "auto":
             extra += ["--dtype", source.dtype]
-        run_vllm(folder, options, bind, limits, extra, allow_path or ())
+        run_vllm(folder, options, bind, limits, extra, allow_path or (), router or ())
         return
     opt.refuse_options(context, ("allow_path",), f"--engine {engine}", "it has no further paths")
+    opt.refuse_options(context, ("router",), f"--engine {engine}", "it has no roles")
     if engine != "hf":
         start = " SGLang is started differently: docs/engines.md." if engine == "sglang" else ""
         raise OptionError(f"--engine {engine!r}: use 'hf', 'vllm' or 'mlx'.{start}")

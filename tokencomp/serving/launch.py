@@ -21,6 +21,7 @@ from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import LOADER
 from tokencomp.serving.vllm.flags import check_flags, given_flags, sets, written
 from tokencomp.serving.vllm.process import ENV_METRICS, METRICS
+from tokencomp.serving.vllm.roles import ROLE_FLAGS, router_networks
 from tokencomp.serving.vllm.rules import Rules
 
 logger = logging.getLogger("tokencomp.serving")
@@ -35,11 +36,13 @@ def vllm_command(
     limits: Limits,
     extra: Sequence[str],
     paths: Sequence[str] = (),
+    routers: Sequence[str] = (),
 ) -> tuple[list[str], dict[str, str]]:
     """Return command line and environment of `vllm serve` with the plugin.
 
-    The arguments are those of `run_hf`; `extra` are further ones for `vllm serve`, and `paths`
-    further paths that answer. Raises a `TokenCompError` if vLLM is missing or cannot serve this.
+    The arguments are those of `run_hf`; `extra` are further ones for `vllm serve`, `paths` further
+    paths that answer, and `routers` addresses that may send transfer parameters. Raises a
+    `TokenCompError` if vLLM is missing or cannot serve this.
     """
     if importlib.util.find_spec("vllm") is None:
         raise MissingDependencyError(
@@ -60,6 +63,12 @@ def vllm_command(
         raise OptionError(
             "--ratio-by-load with --fixed: on vLLM it is the ratio of a request. Leave one out."
         )
+    if parsed.ratio_by_load and any(sets(flags, flag) for flag in ROLE_FLAGS):
+        raise OptionError(
+            f"--ratio-by-load with {' or '.join(ROLE_FLAGS)}: every role would choose by its own "
+            "load, and an item must have one ratio in all of them. Leave it out."
+        )
+    router_networks(routers)
     if check_architecture(model, parsed):
         options = {**options, "merge": False}
     command = [*_entry(model), "--host", bind.host, "--port", str(bind.port)]
@@ -71,7 +80,9 @@ def vllm_command(
     env = {
         **os.environ,
         ENV_OPTIONS: json.dumps({**options, "only_own": parsed.only_own}),
-        ENV_RULES: Rules(bind, limits, remote, trusts_kwargs, ours, tuple(paths)).as_json(),
+        ENV_RULES: Rules(
+            bind, limits, remote, trusts_kwargs, ours, tuple(paths), tuple(routers)
+        ).as_json(),
         "TOKENCOMP_VLLM": "on",
     }
     if "VLLM_PLUGINS" in env:  # else all; without ours, vLLM would answer uncompressed
@@ -165,9 +176,10 @@ def run_vllm(
     limits: Limits,
     extra: Sequence[str],
     paths: Sequence[str] = (),
+    routers: Sequence[str] = (),
 ) -> None:
     """Replace this process with `vllm serve`. Errors are those of `vllm_command`."""
-    command, env = vllm_command(model, options, bind, limits, extra, paths)
+    command, env = vllm_command(model, options, bind, limits, extra, paths, routers)
     bind.warn_if_open()
     os.execve(command[0], command, env)
 

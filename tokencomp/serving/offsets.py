@@ -10,6 +10,13 @@ exactly, float16 up to 2048. A kept token at offset (t, h, w) = (3, 0, 300) from
 A merged row has the digits of its size, the number of tokens that it represents, before those:
 
     | d features | size: high, low | offsets, if the engine takes positions of its rows |
+
+A row of text between the frames of a video has one offset for t, h and w, and no features: an
+encoder in its own process has no embeddings of text. In place of the offsets for h and w it has
+its token id, id = a · 256² + b · 256 + c, and 256, which is no digit, says so:
+
+                      high digits   low digits
+    |     zeros      |   t 256   a     t   b   c |
 """
 
 from __future__ import annotations
@@ -20,6 +27,7 @@ from torch import Tensor
 
 MAX_OFFSET = 65535  # two digits to the base 256
 OFFSETS = 6  # columns of the three offsets
+TEXT = 256  # in place of a high digit, of a row that has a token id in place of features
 
 
 def pack_offsets(offsets: Tensor, dtype: torch.dtype) -> Tensor:
@@ -52,6 +60,23 @@ def unpack_sizes(rows: Tensor, width: int) -> Tensor:
     if rows.shape[1] == width:
         return torch.ones(rows.shape[0], dtype=torch.long, device=rows.device)
     return unpack_offsets(rows[:, width:])[0]
+
+
+def with_text(offsets: Tensor, ids: Tensor, text: Tensor) -> Tensor:
+    """Digits (k, 6) of offsets (3, k), with the token `ids` (k,) where `text` (k,) is true."""
+    digits = pack_offsets(offsets, torch.float32)
+    ids = ids[text]
+    columns = torch.stack([torch.full_like(ids, TEXT), ids >> 16, ids >> 8 & 255, ids & 255])
+    digits[text.nonzero(), [1, 2, 4, 5]] = columns.T.to(digits)
+    return digits
+
+
+def split_text(offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Inverse of `with_text` after `unpack_offsets`: offsets (3, k), ids and mask of text (k,)."""
+    t, h, w = offsets
+    text = h >= TEXT * 256
+    ids = torch.where(text, (w >> 8 << 16) + ((h & 255) << 8) + (w & 255), 0)
+    return torch.where(text, t, offsets), ids, text
 
 
 def grid_offsets(grid: tuple[int, int, int], t_factor: float) -> np.ndarray:

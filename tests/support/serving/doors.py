@@ -125,6 +125,7 @@ async def through(
     scope = {
         "type": "http", "method": method, "path": path, "headers": every, "root_path": root,
         "query_string": b"", "scheme": "http", "server": ("testserver", 80), "state": {},
+        "client": ("127.0.0.1", 1234),
     }  # fmt: skip
     await asyncio.wait_for(app(scope, receive, send), 20)
     names = {n.decode().lower(): v.decode() for n, v in sent[0]["headers"]}

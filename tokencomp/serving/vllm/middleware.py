@@ -40,7 +40,7 @@ from tokencomp.serving.load import Load
 from tokencomp.serving.room import MediaRoom
 from tokencomp.serving.saved import Saved, process_metrics
 from tokencomp.serving.spec import ServerOptions
-from tokencomp.serving.vllm import process
+from tokencomp.serving.vllm import process, roles
 from tokencomp.serving.vllm.request_checks import check_media, read_request
 from tokencomp.serving.vllm.rules import Rules
 
@@ -66,6 +66,7 @@ class Guard:
         self.load, self.metrics = Load(self.options.ratio_by_load), process_metrics()
         self.bodies = Bodies(limits.max_body, limits.max_bodies, limits.body_seconds)
         self.reading, self.room = CapacityLimiter(READING), MediaRoom()
+        self.routers = roles.router_networks(self.rules.routers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application on a request that is allowed, and answer any other one."""
@@ -111,7 +112,8 @@ class Guard:
         `shutdown` stops the engine after SIGTERM, and waits in a thread for running requests.
         vLLM's own answers are 200 to `/health` and 500 to new requests in that time. `generate`
         gets the prompt, in which the processor has noted what it saved: the media are decoded, and
-        the request waits for the engine until its first output.
+        the request waits for the engine until its first output. The prompt of a decode must be
+        that of the prefill.
         """
         stop, generate = client.shutdown, client.generate
 
@@ -119,18 +121,22 @@ class Guard:
             self.draining = True
             return stop(*args, **kwargs)
 
-        def noting(prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        def noting(prompt: Any, sampling: Any, *args: Any, **kwargs: Any) -> Any:
             saved = prompt.pop(KEY, None) if isinstance(prompt, dict) else None
             exchange = EXCHANGE.get(None)
             if saved is None or exchange is None:
-                return generate(prompt, *args, **kwargs)
+                return generate(prompt, sampling, *args, **kwargs)
+            mark = ""
+            if (transfer := roles.kv_params(sampling)) is not None:
+                roles.check_transfer(prompt, transfer)
+                mark = roles.mark_of(prompt)
             exchange.details = saved
             self.room.leave(exchange)
             begun = self.room.hold(media_bytes(prompt.get("mm_kwargs")))
             exchange.ends.callback(begun)
             if exchange.by_load:
                 exchange.ends.callback(self.load.join(exchange.client, saved.before))
-            return _until_first(generate(prompt, *args, **kwargs), begun)
+            return _outputs(generate(prompt, sampling, *args, **kwargs), begun, mark)
 
         client.shutdown, client.generate = shutdown, noting
 
@@ -183,7 +189,7 @@ class Guard:
             ratio = self.load.ratio(exchange.client)
             request = await to_thread.run_sync(
                 read_request, bytes(content), self.rules, self.options, ratio, chat,
-                limiter=self.reading,
+                roles.is_router(exchange.scope, self.routers), limiter=self.reading,
             )  # fmt: skip
             exchange.by_load = request.by_load
             if request.media:  # a text does not wait for the media of others
@@ -221,11 +227,13 @@ class Guard:
         return JSONResponse(cards[name])
 
 
-async def _until_first(outputs: Any, begun: Callable[[], None]) -> AsyncGenerator[Any]:
-    """Yield the outputs of the engine; call `begun` at the first."""
+async def _outputs(outputs: Any, begun: Callable[[], None], mark: str) -> AsyncGenerator[Any]:
+    """Yield the outputs of the engine; call `begun` at the first, and mark what a decode gets."""
     async with contextlib.aclosing(outputs):
         async for output in outputs:
             begun()
+            if mark and output.kv_transfer_params:
+                output.kv_transfer_params = {**output.kv_transfer_params, KEY: mark}
             yield output
 
 

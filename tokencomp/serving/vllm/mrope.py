@@ -117,6 +117,12 @@ class Model(CompressingModel):
         positions = np.concatenate(pieces, axis=1).astype(np.int64)
         return torch.from_numpy(positions), position + rest - len(input_tokens)
 
+    # -- in every step --------------------------------------------------------------------------
+
+    def media_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows of media without columns of offsets, and their offsets (3, k) or zeros."""
+        return split_offsets(rows, self.row_width)
+
     # -- in every step, model runner V2 ---------------------------------------------------------
 
     def get_model_state_cls(self) -> type:
@@ -150,7 +156,7 @@ class Model(CompressingModel):
             places = num_computed_tokens + torch.isin(ids, media).nonzero()[:, 0]
             mrope_positions, rows = mrope_positions.clone(), []
             for e in multimodal_embeddings:
-                plain, offsets = split_offsets(e, width)
+                plain, offsets = self.media_rows(e)
                 mrope_positions[:, places[first : first + len(e)]] += offsets.to(mrope_positions)
                 rows.append(plain)
                 first += len(e)
@@ -173,7 +179,7 @@ class Model(CompressingModel):
         if any(e.shape[1] >= width + OFFSETS for e in embeddings):
             plain, offsets = [], []
             for e in embeddings:
-                x, offset = split_offsets(e, width)
+                x, offset = self.media_rows(e)
                 plain.append(copy_mm_embedding_modality(e, x))
                 offsets.append(offset)
             rows = is_multimodal.nonzero()[:, 0]  # type: ignore[union-attr]  # of vLLM's class

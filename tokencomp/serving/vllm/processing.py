@@ -119,18 +119,27 @@ class CompressingProcessor:
         """Refuse a stage in the vision tower where this engine cannot run it, with the reason."""
         if spec.tower_stage is None and spec.repeats is None:
             return
+        if compares(spec) and getattr(self._multimodal, "mm_encoder_only", False):
+            raise OptionError(
+                f"reducer {spec.built_reducer.name!r} compares the pictures of a request, and an "
+                "encoder in its own process gets them one by one. Use a reducer that takes a "
+                "ratio, or serve without --ec-transfer-config."
+            )
         reason = self.no_tower_stage
-        multimodal = self.info.ctx.model_config.multimodal_config
-        backend = getattr(multimodal, "mm_encoder_attn_backend", None)
+        backend = getattr(self._multimodal, "mm_encoder_attn_backend", None)
         if "FLASHINFER" in str(backend):
             reason = reason or "FlashInfer takes the bounds of sequences in a form of its own"
-        if getattr(multimodal, "mm_encoder_tp_mode", None) == "data":
+        if getattr(self._multimodal, "mm_encoder_tp_mode", None) == "data":
             reason = reason or "--mm-encoder-tp-mode data divides the media over several towers"
         if reason:
             asked, fix = f"tower_ratio={spec.tower_ratio}", "tower_ratio=0"
             if spec.repeats is not None:
                 asked, fix = f"reducer {spec.repeats.name!r}", "a reducer that takes a ratio"
             raise OptionError(f"{asked}: {reason}. Use {fix}, or serve with `--engine hf`.")
+
+    @property
+    def _multimodal(self) -> Any:
+        return self.info.ctx.model_config.multimodal_config
 
     @staticmethod
     def _plain(kwargs: Mapping[str, Any]) -> dict[str, Any]:

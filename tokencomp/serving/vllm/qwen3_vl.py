@@ -4,8 +4,9 @@ Reducers see the features that enter the decoder. The features of intermediate v
 the kept tokens, as in `tokencomp.patch`. The number of kept tokens per frame is known only after
 the vision tower has run. A compressed video is therefore one run of placeholders, which the worker
 fills with the tokens of the frames, and with the timestamps and marks between them, in order and at
-their own positions. The engine's encoder cache holds all of these rows. The engine refuses a video
-if its kept tokens and its text together exceed the largest uncompressed item.
+their own positions. An encoder in another process hands on the ids of this text, and the decoder
+embeds them. The engine's encoder cache holds all of these rows. The engine refuses a video if its
+kept tokens and its text together exceed the largest uncompressed item.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.model_executor.models.qwen3_vl import Qwen3VLMultiModalProcessor
+from vllm.model_executor.models.utils import StageMissingLayer
 from vllm.multimodal.processing import PromptUpdateDetails
 
 from tokencomp.serving.item_plan import ItemPlan
-from tokencomp.serving.offsets import grid_offsets, with_offsets
+from tokencomp.serving.offsets import OFFSETS, grid_offsets, split_text, with_offsets, with_text
 from tokencomp.serving.vllm import mrope
 
 
@@ -101,11 +103,23 @@ class Model(mrope.Model):
         offsets = torch.empty(3, len(ids), dtype=torch.long)
         offsets[:, media], offsets[:, ~media] = full[:, was_media][:, index], full[:, ~was_media]
         out = rows.new_zeros(len(ids), rows.shape[1])
-        text = self.language_model.embed_input_ids(ids.to(rows.device))
-        out[:, : self.visual_dim] = text
         out[:, self.row_width + 1 :] = 1  # low digit of the size, where rows have one
         out[media.to(rows.device)] = rows
+        if isinstance(self.language_model, StageMissingLayer):  # an encoder in its own process
+            return torch.cat([out, with_text(offsets, ids, ~media).to(out)], dim=1)
+        words = self.language_model.embed_input_ids(ids.to(rows.device))
+        out[~media, : self.visual_dim] = words[~media]
         return with_offsets(out, offsets)
+
+    def media_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed the text between frames of an encoder, whose rows have ids and no features."""
+        if rows.shape[1] < self.row_width + OFFSETS:
+            return super().media_rows(rows)
+        plain, offsets = super().media_rows(rows)
+        offsets, ids, text = split_text(offsets)
+        words = self.language_model.embed_input_ids(ids)
+        first, others = plain[:, : self.visual_dim], plain[:, self.visual_dim :]
+        return torch.cat([torch.where(text[:, None], words, first), others], dim=1), offsets
 
     def full_offsets(self, feature: Any) -> np.ndarray:
         merge = self.config.vision_config.spatial_merge_size

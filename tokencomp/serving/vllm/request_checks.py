@@ -26,6 +26,7 @@ from tokencomp.serving.media import (
 )
 from tokencomp.serving.spec import ServerOptions, as_mapping, names_amount, with_ratio
 from tokencomp.serving.video import with_request
+from tokencomp.serving.vllm.roles import check_sender
 from tokencomp.serving.vllm.rules import Rules
 
 MEDIA = ("image_url", "video_url")
@@ -64,11 +65,13 @@ def read_request(
     options: ServerOptions,
     ratio: float | None = None,
     chat: bool = True,
+    router: bool = False,
 ) -> Request:
     """Read a JSON body and check all of it but the media.
 
     `ratio` is that of requests with media that name none, if the server is under load. Other
-    paths than `chat` have media in messages of the same form, or none; some have no body.
+    paths than `chat` have media in messages of the same form, or none; some have no body. A
+    `router` may send transfer parameters.
     """
     if not (chat or body):
         return Request(body, {}, [])
@@ -81,6 +84,7 @@ def read_request(
         raise RequestError("the body must be a JSON object.")
     if not rules.media_options:
         with_request(fields.get("media_io_kwargs"), rules.limits)
+    check_sender(fields, router)
     _check_text(fields)
     _check_sampling(fields)
     for name in FORMS:

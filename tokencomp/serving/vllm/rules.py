@@ -19,7 +19,8 @@ class Rules:
     `remote_media`: vLLM may fetch media, which nobody checks. `media_options`: requests may set
     all of `media_io_kwargs`, with which a client can make vLLM decode every frame of a video.
     `chosen_frames`: vLLM loads videos with `frames.ChosenFrames`. `paths`: further paths of vLLM
-    that answer; one that ends with "/" includes all below it.
+    that answer; one that ends with "/" includes all below it. `routers`: addresses and networks
+    that may send transfer parameters (`roles`).
     """
 
     bind: Bind = field(default_factory=lambda: Bind(host=""))
@@ -28,6 +29,7 @@ class Rules:
     media_options: bool = False
     chosen_frames: bool = True
     paths: tuple[str, ...] = ()
+    routers: tuple[str, ...] = ()
 
     def as_json(self) -> str:
         """Return the value of the environment variable, without the key, which vLLM has too."""
@@ -41,5 +43,6 @@ class Rules:
         bind["api_key"] = os.environ.get("VLLM_API_KEY") or None
         if path := limits.get("allowed_path"):
             limits["allowed_path"] = Path(path)
-        values["paths"] = tuple(values.get("paths", ()))
+        for name in ("paths", "routers"):
+            values[name] = tuple(values.get(name, ()))
         return cls(Bind(**bind), Limits(**limits), **values)

@@ -1,0 +1,131 @@
+"""Encoder, prefill and decode in different processes: what they may hand to each other.
+
+    client ──► router ──► encoder   rows of every item, found by the item's hash (EC connector)
+                     ├──► prefill   blocks of the KV cache (KV connector)
+                     └──► decode    the answer
+
+The router copies `kv_transfer_params` from the answer of the prefill into the request to the
+decode. Some connectors find blocks by these numbers alone. A prefill and a decode with different
+ratios, reducers or prompts would then answer wrongly, or the engine would end. Therefore the front
+end of the prefill adds a mark to `kv_transfer_params`, a hash of the prompt and of its media, and
+the front end of the decode refuses another mark.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tokencomp.errors import OptionError
+from tokencomp.serving import KEY
+from tokencomp.serving.limits import RequestError
+
+KV_PARAMS, EC_PARAMS = "kv_transfer_params", "ec_transfer_params"
+ROLE_FLAGS = ("--kv-transfer-config", "--ec-transfer-config")
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+# -- who may send transfer parameters --------------------------------------------------------------
+
+
+def router_networks(routers: Sequence[str]) -> tuple[Network, ...]:
+    """The networks of `--router`; raises `OptionError` for what is no address."""
+    networks = []
+    for text in routers:
+        try:
+            networks.append(ipaddress.ip_network(text))
+        except ValueError:
+            raise OptionError(
+                f"--router {text!r}: expected an address or a network, such as 10.0.0.7 or "
+                "10.1.0.0/16."
+            ) from None
+    return tuple(networks)
+
+
+def is_router(scope: Any, networks: Sequence[Network]) -> bool:
+    """Whether a request comes from an address of `--router`."""
+    try:
+        address = ipaddress.ip_address(str((scope.get("client") or ("",))[0]))
+    except ValueError:  # a socket file
+        return False
+    return any(address in network for network in networks)
+
+
+def check_sender(fields: Mapping[str, Any], router: bool) -> None:
+    """Refuse transfer parameters of ordinary clients, and those in a form that ends the engine.
+
+    They name hosts and ports to which the engine connects.
+    """
+    for name, value, direct in _transfers(fields):
+        if value is None:
+            continue
+        if not router:
+            raise RequestError(
+                f"{name}: only a router may send it. Leave it out, or ask the operator to name "
+                "this address with --router.",
+                403,
+            )
+        if not direct or not isinstance(value, dict):
+            raise RequestError(f"{name}: expected an object in the field of that name.")
+
+
+def _transfers(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:
+    """Names and values of transfer parameters, and whether they are in their own field.
+
+    vLLM also takes them from `vllm_xargs`, and on one path from `extra_args` of its parameters.
+    """
+    sampling = fields.get("sampling_params")
+    extra = sampling.get("extra_args") if isinstance(sampling, dict) else None
+    for name in (KV_PARAMS, EC_PARAMS):
+        yield name, fields.get(name), True
+        for inner in (fields.get("vllm_xargs"), extra):
+            if isinstance(inner, dict):
+                yield name, inner.get(name), False
+
+
+# -- prefill and decode ----------------------------------------------------------------------------
+
+
+def kv_params(sampling: Any) -> Any:
+    """The `kv_transfer_params` of the sampling parameters of a request, or None."""
+    return (getattr(sampling, "extra_args", None) or {}).get(KV_PARAMS)
+
+
+def mark_of(prompt: Mapping[str, Any]) -> str:
+    """Hash of a processed prompt: its token ids, and the hashes of its media.
+
+    The hashes of compressed media contain the options and the release of tokencomp.
+    """
+    content = [sorted(prompt["mm_hashes"].items()), list(prompt["prompt_token_ids"])]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def check_transfer(prompt: Mapping[str, Any], params: Any) -> None:
+    """Compare the prompt of a decode with that of the prefill; raises `RequestError` (400)."""
+    if not isinstance(params, dict):
+        return
+    if params.get("do_remote_decode") and params.get("remote_block_ids"):
+        raise RequestError(
+            "remote_block_ids with do_remote_decode: blocks of an earlier turn on the decode "
+            "cannot be checked. Leave them out; the prefix cache of the prefill has its own."
+        )
+    if not params.get("do_remote_prefill"):
+        return
+    given, count = params.get(KEY), len(prompt["prompt_token_ids"])
+    if given is None:
+        raise RequestError(
+            f"{KV_PARAMS} of a prefill without {KEY!r}, which says what the prefill has kept. "
+            "Start the prefill with `tokencomp serve --engine vllm`, and let the router pass the "
+            "whole object."
+        )
+    if given != mark_of(prompt):
+        raise RequestError(
+            f"prefill and decode differ in this prompt: {params.get('remote_num_tokens')} tokens "
+            f"there, {count} here, or other media, options or releases. Give both roles the same "
+            "model name, --ratio, --reducer, --merge and release of tokencomp, or name the options "
+            "in the request."
+        )
