@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.tables import table
+from benchmarks.publishing import provenance
 
 FOLDER = Path(__file__).parent
 RESULTS, PAGE = FOLDER / "results.json", FOLDER / "README.md"
@@ -30,6 +31,7 @@ def page(stored: Mapping[str, Any]) -> str:
         minutes=round(training["seconds"] / 60), scores=scores,
         table=table(["split", "examples", "sentences", "right", "95 %", "majority"], rows),
         reading=_methods(stored["methods"]) if "methods" in stored else NOT_LEARNT,
+        provenance=provenance(training),
     )  # fmt: skip
 
 
@@ -40,10 +42,10 @@ def _methods(found: Mapping[str, Any]) -> str:
     for one in found["asked"]:
         by_method.setdefault(one["label"].replace(f"-{one['ratio']}", ""), {})[one["ratio"]] = one
     order = sorted(by_method, key=lambda name: -by_method[name][ratios[-1]]["accuracy"])
-    rows = []
+    equal: dict[tuple[str, ...], list[str]] = {}
     for name in order:
-        cells = [by_method[name][ratio] for ratio in ratios]
-        rows.append([name, *(_cell(one) for one in cells)])
+        equal.setdefault(tuple(_cell(by_method[name][ratio]) for ratio in ratios), []).append(name)
+    rows = [[", ".join(names), *cells] for cells, names in equal.items()]
     head = ["method", *(f"ratio {ratio:g}" for ratio in ratios)]
     refused = ", ".join(sorted({label.partition("-")[0] for label in found["refused"]}))
     return LEARNT.format(
@@ -80,7 +82,17 @@ all whose labels were at hand.
 the sentence, for the first order of the boxes. Intervals draw sentences, since examples share
 them; "majority" is the share of "true".
 
-{reading}"""
+{reading}
+**The training was lengthened after a first result on the same splits**: 131 steps (2026-11-30,
+9647772c) were not above the majority class there. So the accuracy of the full model is not that of
+unseen splits; which methods lose how much was asked once, after the longer training.
+
+Neither the weights nor the answers are stored: training takes {minutes} minutes, and its result
+depends on the machine. So there are no intervals between two methods, and the table cannot be
+computed again from this repository.
+
+Measured: {provenance}.
+"""
 NOT_LEARNT = """**A tiny model does not learn NLVR in this time.** It is not significantly above
 the majority class on every split, so its answers cannot tell methods apart, and no method was
 asked.
@@ -88,6 +100,7 @@ asked.
 LEARNT = """The full model is above the majority class on every split. Every method at its default
 options was asked the {count:,} examples of both test splits, of which the full model answers
 {full:.1f} % right. In brackets: the 95 % interval of the difference to the full model, in points.
+Methods with the same numbers share a row.
 
 {table}
 
