@@ -38,6 +38,7 @@ from benchmarks.files import accuracy as frames
 from benchmarks.files import clock, stream
 from benchmarks.gpu import recompute
 from benchmarks.kernels import calls, roofline, weights
+from benchmarks.long import choice as long_choice
 from benchmarks.long import page as long_answers
 from benchmarks.models import chunked_prefill, decoding, prefill, rounding
 from benchmarks.models import tower as first_token
@@ -86,6 +87,7 @@ PAGES: dict[str, Callable[[], Files]] = {
         mutants.PAGE: mutants.page(read_mutants(), json.loads(mutants.RESULTS.read_text()))
     },
     "long": long_answers.files,
+    "long/choice": lambda: long_choice.files(long_answers.FOLDER),
     "nlvr": lambda: {nlvr.PAGE: nlvr.page(json.loads(nlvr.RESULTS.read_text()))},
     "readers": recompute.files,
 }

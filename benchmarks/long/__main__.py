@@ -3,6 +3,7 @@
     python -m benchmarks.long answer              # → images.json, clips.json
     python -m benchmarks.long forced              # → forced.json
     python -m benchmarks.long page                # → README.md, results.csv
+    python -m benchmarks.long choice              # → choice.md, choice.csv, choice.json
     python -m benchmarks.long answer --split validation --only auto condiv kcenter
 
 A run that was stopped goes on from the answers in the ignored folder `build/long/`.
@@ -18,10 +19,10 @@ import torch
 
 from benchmarks import publishing
 from benchmarks.experiment import write
-from benchmarks.long import forced
+from benchmarks.long import choice, forced
 from benchmarks.long.answers import add_answers, items_of
 from benchmarks.long.page import FOLDER, MODEL, files
-from benchmarks.long.settings import CHOICE_RATIOS, KINDS, RATIOS
+from benchmarks.long.settings import CHOICE_RATIOS, KINDS, MERGED, RATIOS
 from benchmarks.long.stored import Answers, pack, path_of
 from tokencomp import zoo
 from tokencomp.cli import one_message
@@ -30,15 +31,15 @@ from tokencomp.inputs.loading import load_folder
 
 BUILD = FOLDER.parents[1] / "build" / "long"
 PER_FAMILY = {"images": 32, "clips": 40}
-FORCED = {"images": 6, "clips": 10}
+FORCED = {"images": 16, "clips": 20}
 """Items of each family that are continued token by token."""
 CONTINUED = ("auto", "kcenter", "condiv", "fastv", "uniform")
-"""Methods that continue them, and `condiv` that merges."""
+"""Methods that continue them, and those of `MERGED` that merge."""
 
 
 def main() -> None:
     parser = publishing.parser(__doc__, FOLDER, report=False)
-    parser.add_argument("what", choices=("answer", "forced", "page"))
+    parser.add_argument("what", choices=("answer", "forced", "page", "choice"))
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--model", default=MODEL, help="embedded model, or a folder")
     parser.add_argument("--kinds", nargs="*", default=[*KINDS], choices=[*KINDS])
@@ -53,7 +54,7 @@ def main() -> None:
     elif args.what == "forced":
         write_forced(args)
     else:
-        write(files())
+        write(choice.files(args.out) if args.what == "choice" else files())
 
 
 def _loaded(name: str) -> tuple[Any, Any]:
@@ -81,7 +82,7 @@ def write_forced(args: argparse.Namespace) -> None:
     model, processor = _loaded(args.model)
     held = {}
     settings = [Setting(name, ratio) for name in CONTINUED for ratio in RATIOS]
-    settings += [Setting("condiv", ratio, {"merge": True}) for ratio in RATIOS]
+    settings += [Setting(name, ratio, {"merge": True}) for name in MERGED for ratio in RATIOS]
     for kind in args.kinds:
         items = items_of(kind, args.split, args.items or FORCED[kind])
         said = dict(zip(stored.ids[kind], stored.texts[kind]["full"], strict=True))

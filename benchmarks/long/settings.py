@@ -15,7 +15,7 @@ CLIP_FAMILIES = ("follow",)
 KINDS = {"images": IMAGE_FAMILIES, "clips": CLIP_FAMILIES}
 DEFAULT = "auto"
 QUESTION = ("condiv", "cdpruner", "mmtok", "anchorprune", "fastv", "pyramiddrop", "sparsevlm")
-"""Reducers whose choice depends on the question; `auto` is one of them on clips alone."""
+"""Reducers whose choice depends on the question."""
 COVERING = ("kcenter", "divprune", "scope", "vidcom2", "bipartite")
 """Those that spread over the picture, whatever is asked."""
 MERGED = ("kcenter", "condiv")

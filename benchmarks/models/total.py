@@ -28,7 +28,7 @@ from benchmarks.experiment import Experiment
 from benchmarks.models.prefill import Piece, setup
 
 SHAPE, LAYERS = "qwen2-vl-2b", 4
-TOKENS = {"image": (256, 1024, 4096), "video": (1024,)}
+TOKENS = {"image": (256, 1024, 4096)}
 RATIOS = (0.5, 0.75, 0.9)
 ROUNDS, STEPS = 3, 8
 LENGTHS = (1, 32, 128, 512, 2048)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from benchmarks import publishing
-from benchmarks.long import forced, page
+from benchmarks.long import choice, forced, page
 from benchmarks.long.measures import Group, by_length, by_place
 from benchmarks.long.settings import KINDS, RATIOS, methods
 from benchmarks.long.stored import Answers, pack, path_of
+from benchmarks.models import total
 from tokencomp import zoo
 from tokencomp.evaluation.patches import PatchedModels
 from tokencomp.evaluation.settings import FULL, Setting
@@ -163,3 +164,48 @@ def test_every_setting_has_a_label_of_its_own():
     for kind in ("images", "clips"):
         labels = [s.label for s in methods(kind)]
         assert len({*labels}) == len(labels)
+
+
+def test_the_rule_on_hand_made_cells():
+    """Two tied candidates: the one with more to spare, though its score is lower."""
+    names = ("condiv", "kcenter, merged", "condiv, merged")
+    values = ((0.90, False, 9.0), (0.94, True, -3.0), (0.95, True, -5.0))
+    rows = [
+        {"candidate": n, "score": s, "tied": t, "spare": m}
+        for n, (s, t, m) in zip(names, values, strict=True)
+    ]
+    assert choice.chosen(rows) == "kcenter, merged"
+    rows[0] |= {"tied": True, "spare": -3.0}  # the previous default stays
+    assert choice.chosen(rows) == "condiv"
+
+
+def test_long_answers_are_cells_of_shares(answers):
+    """Every third fact of an answer is lost, so that n facts keep n - n // 3."""
+    stored, items = answers
+    group = Group.of(stored, "images", ("describe", "read"))
+    cell = choice.LongResults({"model": "m"}, {"images": group})
+    kept = [(n - n // 3) / n for n in (len(one.facts) for one in items)]
+    assert cell.scores("auto-0.5", "images") == pytest.approx(kept)
+    assert cell.scores(FULL, "images") == [1.0] * len(items)
+    assert (len(cell.select("images")), cell.select("videos")) == (len(items), [])
+
+
+@pytest.mark.parametrize(
+    ("prefill", "step", "last"),
+    [(50.0, 10.0, 41), (50.0, 8.0, np.inf), (95.0, 10.0, 0), (90.0, 9.0, np.inf), (20.0, 11.0, 36)],
+)
+def test_the_longest_answer_that_saves_a_tenth(prefill, step, last):
+    """Against 100 ms and 10 ms a token; every length is tried."""
+    alone, row = (
+        {"prefill_ms": [first], "step_ms": [each]}
+        for first, each in ((100.0, 10.0), (prefill, step))
+    )
+    saves = [
+        n
+        for n in range(1, 1000)
+        if prefill + (n - 1) * step <= 0.9 * (100.0 + (n - 1) * 10.0) + 1e-9
+    ]
+    wanted = np.inf if len(saves) == 999 else max(saves, default=0)
+    found = total.longest(row, alone)
+    assert wanted == last and (found == last or int(found) == last)
+    assert total.total(row, 5) == prefill + 4 * step
