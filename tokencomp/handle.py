@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.context_window import VisualContext, extend_visual_context, is_extended
-from tokencomp.engine.capture import attention_of
 from tokencomp.engine.checks import check_plan
 from tokencomp.engine.hooks import CallGate, Hooks
 from tokencomp.engine.stats import Stats
 from tokencomp.engine.tower.signals import check_signals
 from tokencomp.engine.weights import merging_where_possible
-from tokencomp.errors import OptionError, UnsupportedModelError
-from tokencomp.method import MethodSpec, resolve_auto
+from tokencomp.errors import OptionError
+from tokencomp.method import MethodSpec
 from tokencomp.plan.options import Merging, in_words
 from tokencomp.plan.plan import Plan, Stage
 from tokencomp.reducers.base import Reducer, label
@@ -37,11 +35,6 @@ def handle_of(model: nn.Module) -> Handle | None:
 
 def make_plan(spec: MethodSpec, adapter: Adapter) -> Plan:
     """The stages of a spec in one decoder, with reducers that have loaded their weights."""
-    if spec.reducer == "auto" and spec.plan is None:
-        spec = replace(spec, reducer=_default(adapter), **spec.options_in_force)
-    elif (repeats := spec.repeats) is not None and repeats.then == "auto":
-        repeats = replace(repeats, then=_default(adapter))
-        spec = replace(spec, reducer=repeats, options={}, **spec.options_in_force)
     num_layers = len(adapter.layers)
     plan = spec.stages(num_layers, adapter.first_layer_stage)
     plan.check(num_layers, adapter.first_layer_stage)
@@ -52,15 +45,6 @@ def make_plan(spec: MethodSpec, adapter: Adapter) -> Plan:
     if plan.tower is not None:
         plan = Plan(plan.stages, adapter.tower_layout().fit(plan.tower, adapter.family))
     return plan.bind(model_facts(adapter))
-
-
-def _default(adapter: Adapter) -> Any:
-    """The name of the default reducer for a decoder."""
-    try:
-        attention_of(adapter.layers[0])
-        return resolve_auto("auto")
-    except UnsupportedModelError:
-        return resolve_auto("auto", scored=False)
 
 
 class Handle:
@@ -234,10 +218,7 @@ def _places(stages: Sequence[Stage]) -> list[str]:
     """Which reducers act where, e.g. "bipartite at entry", "prune before layers 4, 8"."""
     by_name: dict[str, list[int]] = {}
     for stage in stages:
-        options = dict(stage.stage_options)
-        if not stage.merges_some:  # "auto", where too little is kept
-            options.pop("merge", None)
-        words = ", ".join([label(stage.reducer), *in_words(options)])
+        words = ", ".join([label(stage.reducer), *in_words(stage.stage_options)])
         by_name.setdefault(f"{words}," if ", " in words else words, []).append(stage.layer)
     places = []
     for name, layers in by_name.items():

@@ -22,7 +22,7 @@ from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import available_reducers, make_reducer, options_of
 from tokencomp.validation import check_effect
 
-DEFAULT_REDUCER = "auto"  # kcenter on images, condiv on videos, uniform on audio
+DEFAULT_REDUCER = "auto"  # kcenter on images and videos, uniform on audio
 DEFAULT_SERVED_REDUCER = "kcenter"  # ignores the question, so media caches serve every question
 DEFAULT_TOWER_REDUCER = "kcenter"
 # tower_ratio="auto" keeps this many times the cells that the decoder will see, so that the reducer
@@ -31,17 +31,14 @@ TOWER_SLACK = 1.6
 Engine = Literal["hf", "server"]
 
 
-def resolve_auto(
-    reducer: str | Reducer, engine: Engine = "hf", scored: bool = True
-) -> str | Reducer:
+def resolve_auto(reducer: str | Reducer, engine: Engine = "hf") -> str | Reducer:
     """The reducer that "auto" means under an engine; other values are unchanged.
 
-    "server" can reuse the media of one request for another question. If the first decoder layer
-    cannot score videos, as in Qwen3.5, they are not `scored`, and servers' default is used.
+    "server" can reuse the media of one request for another question, and takes no sounds.
     """
     if not isinstance(reducer, str) or reducer != "auto":
         return reducer
-    return DEFAULT_REDUCER if engine == "hf" and scored else DEFAULT_SERVED_REDUCER
+    return DEFAULT_REDUCER if engine == "hf" else DEFAULT_SERVED_REDUCER
 
 
 def usual_ratio(reducer: str | Reducer) -> float:

@@ -69,21 +69,19 @@ def patch(
         `{"prompt": 4096}` is a budget for all items of a prompt together, which have one ratio. At
         any ratio every item keeps at least one token and its special tokens.
     reducer
-        A name from `tokencomp.available_reducers()`, or a `Reducer`. "auto": kcenter on images,
-        condiv on videos and uniform on audio; kcenter on all media if the first decoder layer has
-        no attention to score tokens with.
+        A name from `tokencomp.available_reducers()`, or a `Reducer`. "auto": kcenter on images
+        and videos, uniform on audio.
     plan
         Explicit stages, instead of `ratio`, `reducer` and options: a `Plan`, its JSON form
         `[{"layer": 0, "fraction": 0.5, "reducer": "bipartite"}, ...]` (see `plan_to_json`), or the
         path of a JSON file. A first stage with "tower" instead of "layer" acts in the vision tower.
     merge
         False: tokens that the reducer does not keep are dropped. True: they are averaged into their
-        most similar kept token (as in ToMe). During prefill a merged token gets an attention bias
-        of log(n) for its n tokens; in the KV cache it is stored n times, so that decoding needs no
-        bias. Special tokens and tokens dropped by a tower stage are not merged, and scores for
-        later stages are computed without the bias. "auto": merges in images that keep at least a
-        tenth of their tokens, if the model can, and drops elsewhere. None: "auto" for the default
-        reducer, else False.
+        most similar kept token (as in ToMe). A merged token gets an attention bias of log(n) for
+        its n tokens, and has one row in the KV cache. Special tokens and tokens dropped by a tower
+        stage are not merged, and scores for later stages are computed without the bias. "auto":
+        merges in videos and in images that keep at least a tenth of their tokens, if the model can,
+        and drops elsewhere. None: "auto" for the default reducer, else False.
     tower_ratio
         Fraction of the vision tower's work to remove, in [0, `ratio`]: the patches of this share of
         the visual tokens are dropped before the first block of the tower, and the decoder never

@@ -57,7 +57,8 @@ NO_PAGE = "chance"
 COLUMNS = """Cells: accuracy with compression divided by accuracy without it, on the same questions,
 images and videos together, over the question families that the model has learned (over all families
 where it has learned none). Brackets: paired 95 % intervals. "–": not measured, or a baseline that
-does not get down to the ratio. FLOPs: of the LLM's prefill, text included."""
+does not get down to the ratio. FLOPs: of the LLM's prefill, text included. `auto` in runs before
+2026-12-02 is the default of that time: on videos `condiv`, which drops."""
 
 Method = tuple[str, str]
 """Reducer, and its options as JSON."""

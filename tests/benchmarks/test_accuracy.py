@@ -130,17 +130,20 @@ FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
 
 
 def test_auto_is_the_recorded_choice() -> None:
-    """The default of `patch` keeps what the reducers that choose.py recorded for each kind keep."""
-    stored = json.loads((FOLDER / "choice.json").read_text())["chosen"]
+    """The default of `patch` keeps what the rule has chosen for each kind."""
+    stored = json.loads((FOLDER.parent / "long" / "choice.json").read_text())["chosen"]
     family = FAMILIES["qwen2_vl"]
     for options in ({}, {"reducer": "auto"}):
         with tokencomp.patch(family.build(), 0.5, **options) as handle:
             (stage,) = handle.plan.stages
-            assert stage.merge == "auto"  # decided apart, see the last table of choice.md
+            assert stage.merge == "auto"
     for kind, grid in (("images", (1, 8, 8)), ("videos", (6, 4, 4))):
-        name, chosen = ranking.part((stored["reducer"], stored["options"]), kind, 0.5)
+        for ratio in (0.5, 0.9, 0.95):
+            _, chosen = ranking.part((stored["reducer"], stored["options"]), kind, ratio)
+            assert stage.merges(kind[:-1], 1 - ratio) is chosen.get("merge", False), (kind, ratio)
+        name, _ = ranking.part((stored["reducer"], stored["options"]), kind, 0.5)
         for seed in range(5):
             tokens = dataclasses.replace(matrix.tokens(grid, seed=seed), modalities=[kind[:-1]])
-            pair = stage.reducer, make_reducer(name, **chosen)
+            pair = stage.reducer, make_reducer(name)
             kept = [matrix.kept(one, tokens, 20).patches for one in pair]
             assert torch.equal(*kept), (kind, seed)

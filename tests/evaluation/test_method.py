@@ -32,7 +32,6 @@ def test_auto_depends_on_the_engine_alone() -> None:
     assert resolve_auto("bipartite", "server") == "bipartite"
     reducer = Uniform()
     assert resolve_auto(reducer, "server") is reducer
-    assert resolve_auto("auto", scored=False) == "kcenter"
     assert "Auto(image=KCenter(" in repr(MethodSpec("auto", 0.5).stages(28, 1))
 
 

@@ -85,7 +85,6 @@ def test_auto_does_not_need_attention_that_the_first_layer_lacks(family: Family)
     model, linear = family.build(), family.name in LINEAR
     with tokencomp.patch(model, 0.5) as handle, torch.no_grad():
         model(**ragged(family))
-        assert handle.plan.entry.reducer.name == ("kcenter" if linear else "auto")
         assert handle.stats.ratio > 0.3
     if linear:
         with pytest.raises(PlanError, match="first decoder layer"):

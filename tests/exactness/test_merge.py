@@ -40,14 +40,13 @@ def check(
     family: Family,
     steps: int = 8,
     model: nn.Module | None = None,
-    auto: bool = False,
     inputs: dict[str, Tensor] | None = None,
     **setting: Any,
 ) -> None:
     """Prefill and decode steps of a ragged batch: two samples with media, and one of text."""
     model, inputs = model or family.build(), inputs or ragged(family)
     handle, out, masks = oracle.generated(model, family, inputs, steps, **setting)
-    merged = oracle.Merged(handle, frozenset({"image"}) if auto else None)
+    merged = oracle.Merged(handle)
     assert oracle.deviation(model, family, inputs, out, masks, merged) < 1e-5
     assert merged.sizes.max() > 2
     width, found = inputs["input_ids"].shape[1], torch.stack(out.logits, 1)
@@ -104,19 +103,19 @@ def test_two_stages_beside_a_longer_text(name: str) -> None:
 
 
 @two_families
-def test_auto_merges_in_images(name: str) -> None:
-    """Of a batch with videos too, which lose theirs."""
-    check(FAMILIES[name], 4, auto=True, ratio=0.8, reducer="kcenter", merge="auto")
+def test_auto_merges_in_images_and_videos(name: str) -> None:
+    """Of one batch."""
+    check(FAMILIES[name], 4, ratio=0.8, reducer="kcenter", merge="auto")
 
 
-def test_auto_drops_where_little_stays_and_in_videos() -> None:
-    """As if it were told to; up to a ratio of 0.9, which it includes, it merges."""
+def test_auto_drops_where_little_of_an_image_stays() -> None:
+    """As if it were told to; up to a ratio of 0.9, which it includes, it merges. Videos always."""
     family = FAMILIES["qwen2_vl"]
     model = family.build()
     video = family.batch([[family.video(4), text(3, 4)]])
     image = family.batch([[family.image(0), text(3, 4)]])
     cases: list[tuple[Any, dict[str, Any], bool]] = [
-        (image, {"ratio": 0.92}, False), (video, {"ratio": 0.8}, False),
+        (image, {"ratio": 0.92}, False), (video, {"ratio": 0.92}, True),
         (image, {"budget": 1}, False), (image, {"budget": 512}, False),
         (image, {"ratio": {"image": 0.95}}, False), (image, {"ratio": 0.9}, True),
         (image, {"budget": 8}, True),

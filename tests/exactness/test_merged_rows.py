@@ -67,9 +67,8 @@ class Talk:
             masks = [torch.ones(1, width, dtype=torch.bool)] * self.family.layers
             if media:
                 masks = oracle.kept_columns(handle, inputs, self.family.layers)
-                auto = plan is AUTO
-                if auto or any(stage.merge for stage in plan.stages):
-                    self.merged.add(handle, self.at, frozenset({"image"}) if auto else None)
+                if any(stage.merge for stage in plan.stages):
+                    self.merged.add(handle, self.at)
             self.masks = [torch.cat(pair, 1) for pair in zip(self.masks, masks, strict=True)]
             self.at += width
 

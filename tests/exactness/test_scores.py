@@ -14,11 +14,10 @@ from support import oracle
 from support.families import END, FAMILIES, Family, text
 from support.family.llava import LlavaOn
 from support.family.mistral import Mistral3
-from support.prompts import single
 from torch import Tensor, nn
 
 import tokencomp
-from tokencomp import Kept, Plan, Reducer, Stage, Tokens, make_reducer
+from tokencomp import Kept, Plan, Reducer, Stage, Tokens
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.tokens.signals import Attention, Signal
 
@@ -326,13 +325,3 @@ def test_logits_that_scores_do_not_know_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="softcap"):  # noqa: SIM117
         with tokencomp.patch(model, 0.5, reducer="condiv"):
             model(**inputs)
-
-
-@pytest.mark.parametrize("layer", [0, 2])
-def test_images_need_no_scores_of_auto(layer: int) -> None:
-    """Its attention chooses in videos alone."""
-    family = FAMILIES["qwen2_vl"]
-    model, inputs = family.build(), single(family)
-    plan = Plan((Stage(layer, 0.5, make_reducer("auto")),))
-    _, out, masks = oracle.generated(model, family, inputs, 3, plan=plan)
-    assert oracle.deviation(model, family, inputs, out, masks) < 1e-5

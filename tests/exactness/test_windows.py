@@ -113,9 +113,7 @@ def check(
 ) -> float:
     """Compare a generation with the windowed full-length run; how much the setting changes it."""
     handle, out, masks = oracle.generated(model, family, inputs, steps, **setting)
-    merged, merge = None, setting.get("merge", False)
-    if merge:
-        merged = oracle.Merged(handle, frozenset({"image"}) if merge == "auto" else None)
+    merged = oracle.Merged(handle) if setting.get("merge", False) else None
     away = oracle.deviation(model, family, inputs, out, masks, merged, oracle.typed_logits)
     assert away < 1e-4
     with torch.no_grad():

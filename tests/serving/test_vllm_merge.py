@@ -134,7 +134,7 @@ def test_the_switch_decides_what_requests_may_ask() -> None:
     for modality, ratio, merge in (
         ("image", 0.9, True),
         ("image", 0.95, False),
-        ("video", 0.5, False),
+        ("video", 0.95, True),
     ):
         spec = on.resolve({"ratio": ratio, "merge": "auto"})
         assert ItemPlan.make([item_span(modality, (1, 8, 8))], spec).merge is merge

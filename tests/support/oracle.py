@@ -62,17 +62,15 @@ class Merged:
     """Merges what leaves at the stages of a patch, in full-length hidden states and plain loops.
 
     A column that leaves is added to the kept patch of its span with the largest cosine, which
-    becomes the mean weighted by sizes. Attention logits gain the logarithm of the size. With
-    `modalities`, stages merge in spans of these kinds alone.
+    becomes the mean weighted by sizes. Attention logits gain the logarithm of the size.
     """
 
-    def __init__(self, handle: Any, modalities: frozenset[str] | None = None) -> None:
+    def __init__(self, handle: Any) -> None:
         stats, stages = handle.stats, handle.plan.stages
         rows = range(len(stats.spans))
         self.spans, self.kept = stats.spans, [stats.kept(b) for b in rows]
         self.stages = {s.layer: i for i, s in enumerate(stages)}
-        self.merging = {s.layer for s in stages if s.merge is True or modalities}
-        self.modalities = modalities
+        self.merging = {s.layer for s in stages if s.merge}
         self.left = [stats.tower_kept(b) for b in rows]
         self.sizes = torch.ones(0)  # of all columns, (B, L)
 
@@ -84,9 +82,7 @@ class Merged:
                 for j, span in enumerate(row):
                     kept = self.kept[b][self.stages[layer]][j]
                     special = [*span.special, *span.text]
-                    if layer in self.merging and (
-                        self.modalities is None or span.modality in self.modalities
-                    ):
+                    if layer in self.merging:
                         self._merge(b, span.start, self.left[b][j], kept, special, x)
                     self.left[b][j] = kept
         return x, self.sizes.log()
@@ -112,9 +108,9 @@ class MergedTurns:
     def __init__(self) -> None:
         self.parts: list[Merged] = []
 
-    def add(self, handle: Any, start: int, modalities: frozenset[str] | None = None) -> None:
+    def add(self, handle: Any, start: int) -> None:
         """The turn that `handle` has counted last, whose first column is `start`."""
-        part = Merged(handle, modalities)
+        part = Merged(handle)
         part.spans = [
             [dataclasses.replace(span, start=span.start + start) for span in row]
             for row in part.spans

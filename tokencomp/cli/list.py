@@ -54,7 +54,7 @@ def _print_reducers(console: Any) -> None:
         rows.append((label, _stage(cls), vllm, about))
     print_table(console, names, rows, wrapped=names[2:], title="Reducers")
     console.print(
-        '[dim]"auto" is the default. It merges in images on transformers and mlx-vlm, and on vLLM '
+        '[dim]"auto" is the default. It merges on transformers and mlx-vlm, and on vLLM '
         "that is started with --merge auto; otherwise vLLM drops, and SGLang always does. Options: "
         '--reducer "NAME(OPTION=VALUE,...)".[/]\n'
     )

@@ -74,8 +74,8 @@ def patch(
         MLX. Others that only read features run through torch, if it is installed.
     merge
         As in `tokencomp.patch`: average the other tokens into kept ones, which then weigh as much
-        as the tokens that they represent (True), or drop them (False). "auto" merges in images that
-        keep at least a tenth. None: "auto" for the reducer "auto", else False.
+        as the tokens that they represent (True), or drop them (False). "auto" merges in videos and
+        in images that keep at least a tenth. None: "auto" for the reducer "auto", else False.
     **options
         Further options of the stages (`StageOptions`), through torch, and those of the reducer.
 

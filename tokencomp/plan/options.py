@@ -127,7 +127,8 @@ class Option:
 
 
 LEAST_MERGED = 0.1
-"""Fraction below which merge="auto" drops: a mean of more than ten tokens says too little."""
+"""Fraction of an image below which merge="auto" drops: a mean of more than ten tokens says too
+little. Videos merge at every ratio (docs/decisions/0001-default-reducer.md, round 10)."""
 
 
 def _check_merge(merge: Merging, reducer: AnyReducer | None) -> None:
@@ -141,11 +142,11 @@ def _check_merge(merge: Merging, reducer: AnyReducer | None) -> None:
 MERGE = Option(
     off=False,
     help="Average dropped tokens into their nearest kept token, which then weighs as much as all "
-    "of them (on), or drop them (off); auto merges in images that keep at least a "
-    "tenth. By default auto for the default reducer, and off for others.",
+    "of them (on), or drop them (off); auto merges in videos, and in images that keep at least "
+    "a tenth. By default auto for the default reducer, and off for others.",
     usual=lambda reducer: "auto" if reducer == "auto" else False,
     check=_check_merge,
-    words={True: "merging the rest", "auto": "merging the rest of images"},
+    words={True: "merging the rest", "auto": "merging the rest of videos, and of images up to 0.9"},
     weighs=True,
 )
 
@@ -159,8 +160,9 @@ class StageOptions:
     merge
         Whether tokens that the reducer does not keep are averaged into the kept token nearest to
         them, which then weighs as much as the tokens it represents, or dropped (False). Where no
-        token of a span is kept, all are dropped. "auto" merges in images that keep at least a
-        tenth, and drops elsewhere. None in a method: "auto" for the default reducer, else False.
+        token of a span is kept, all are dropped. "auto" merges in videos and in images that keep at
+        least a tenth, and drops elsewhere. None in a method: "auto" for the default reducer, else
+        False.
     """
 
     merge: Merging | None = field(default=None, metadata={"option": MERGE})
@@ -169,7 +171,7 @@ class StageOptions:
         """Whether dropped tokens of an item that keeps `fraction` are merged."""
         if self.merge != "auto":
             return bool(self.merge)
-        return modality == "image" and fraction >= LEAST_MERGED - 1e-9
+        return modality == "video" or (modality == "image" and fraction >= LEAST_MERGED - 1e-9)
 
     @property
     def given_options(self) -> dict[str, Any]:

@@ -116,13 +116,6 @@ class Stage(StageOptions):
             return left if self.from_mean is None else self.from_mean(left)
         return dict(self.by_modality).get(modality, self.fraction) if modality else self.fraction
 
-    @property
-    def merges_some(self) -> bool:
-        """Whether dropped tokens of some items may be merged."""
-        return self.merges("image", self.fraction_of("image")) or (
-            self.merge == "auto" and self.budget is not None
-        )
-
     @cached_property
     def needs(self) -> frozenset[Signal]:
         needs: frozenset[Signal] = self.reducer.needs
@@ -340,7 +333,7 @@ class Plan:
     @cached_property
     def may_merge(self) -> bool:
         """Whether a stage may merge dropped tokens into kept ones."""
-        return any(s.merges_some for s in self.stages)
+        return any(bool(s.merge) for s in self.stages)
 
     @cached_property
     def needs(self) -> frozenset[Signal]:

@@ -1,4 +1,4 @@
-"""The default: another method for every modality (ours)."""
+"""The default: one method for what is seen, another for what is heard (ours)."""
 
 from __future__ import annotations
 
@@ -8,46 +8,42 @@ from typing import ClassVar
 import torch
 
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, register_reducer
-from tokencomp.reducers.condiv import ConDiv
 from tokencomp.reducers.kcenter import KCenter
 from tokencomp.reducers.uniform import Uniform
-from tokencomp.tokens.signals import Attention
 
 
 @register_reducer("auto")
 @dataclass(frozen=True, repr=False)
 class Auto(Reducer):
-    """`kcenter` on images, `condiv` on videos, and `uniform` on audio.
+    """`kcenter` on images and videos, and `uniform` on audio.
 
-    - Images: early layers attend more to the end of an image (arXiv 2412.13180), so attention is
-      not used, and prompts without videos need no scores.
-    - Videos: what is shown again looks like what is kept already, so that the attention of the
-      question has to vouch for it.
+    - Images and videos: early layers attend more to the end of an image (arXiv 2412.13180), and a
+      long answer needs what its question does not name, so attention is not used.
     - Audio: tokens that look alike carry duration and count, which choosing by distance would lose.
 
-    As the default of `patch` it also merges in images, `merge="auto"`. It was chosen on validation
-    questions: docs/decisions/0001-default-reducer.md.
+    As the default of `patch` it also merges in videos and images, `merge="auto"`. It was chosen on
+    validation questions: docs/decisions/0001-default-reducer.md.
     """
 
-    by_modality: ClassVar[dict[str, KCenter | ConDiv | Uniform]] = {
+    by_modality: ClassVar[dict[str, KCenter | Uniform]] = {
         "image": KCenter(),
-        "video": ConDiv(),
+        "video": KCenter(),
         "audio": Uniform(),
     }
-    needs = frozenset({Attention("text", modalities=frozenset({"video"}))})
     traits = Traits(batched=True)
-    summary = "the default: kcenter on images, condiv on videos, uniform on audio"
+    summary = "the default: kcenter on images and videos, uniform on audio"
 
     def __repr__(self) -> str:
         return f"Auto({', '.join(f'{name}={value!r}' for name, value in self.by_modality.items())})"
 
     def reduce(self, tokens: Tokens) -> Kept:
-        modalities, rows = list(dict.fromkeys(tokens.modalities)), []
-        if len(modalities) == 1:
-            return self.by_modality[modalities[0]].reduce(tokens)
-        for modality in modalities:
-            # Spans of other modalities have the budget 0.
+        reducers = list(dict.fromkeys(self.by_modality[m] for m in tokens.modalities))
+        if len(reducers) == 1:
+            return reducers[0].reduce(tokens)
+        rows = []
+        for reducer in reducers:
+            # Spans of the other reducer have the budget 0.
             pairs = zip(tokens.budgets, tokens.modalities, strict=True)
-            part = replace(tokens, budgets=[n if m == modality else 0 for n, m in pairs])
-            rows.append(self.by_modality[modality].reduce(part).patches)
+            own = [n if self.by_modality[m] == reducer else 0 for n, m in pairs]
+            rows.append(reducer.reduce(replace(tokens, budgets=own)).patches)
         return Kept(torch.cat(rows).sort().values)
