@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from support.console import run
@@ -86,6 +87,29 @@ def test_what_the_operator_opens(start: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert json.loads(env["TOKENCOMP_SERVING"])["ratio_by_load"] == "0.75:4096"
     for flag in ("--shutdown-timeout", REMOTE, "--max-num-queued-reqs"):
         assert flag not in start(f"{flag}=5")[0]
+
+
+def test_options_travel_in_the_config_of_the_model(start: Any, tmp_path: Path) -> None:
+    """vLLM sends no variables of the environment to workers on other nodes."""
+    flag, theirs = "--hf-overrides", {"max_position_embeddings": 64}
+
+    def read(*extra: str) -> dict[str, Any]:
+        command, env = start(*extra)
+        (text,) = values(command, flag)
+        found: dict[str, Any] = json.loads(text)
+        assert found["tokencomp"] == json.loads(env["TOKENCOMP_SERVING"])
+        return found
+
+    assert read()["tokencomp"] == {"ratio": 0.5, "only_own": True}
+    for extra in ([flag, json.dumps(theirs)], [f"--hf_overrides={json.dumps(theirs)}"]):
+        assert {**theirs, "tokencomp": ANY} == read(*extra, "--seed", "1")
+    command, _ = start("--hf-overrides.max_position_embeddings", "64")
+    assert json.loads(*values(command, f"{flag}.tokencomp"))["ratio"] == 0.5
+    file = tmp_path / "config.yaml"
+    file.write_text("hf-overrides: {a: 1}\n")
+    for wrong in ([flag, '{"tokencomp": {}}'], [flag, "text"], [flag], ["--config", str(file)]):
+        with pytest.raises(OptionError, match=flag):
+            start(*wrong)
 
 
 def test_roles_and_their_router(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:

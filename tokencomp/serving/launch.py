@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokencomp.errors import MissingDependencyError, OptionError, UnsupportedModelError, install
-from tokencomp.serving import ENV_OPTIONS, ENV_RULES
+from tokencomp.serving import ENV_OPTIONS, ENV_RULES, KEY
 from tokencomp.serving.bind import Bind
 from tokencomp.serving.limits import Limits
 from tokencomp.serving.spec import ServerOptions
@@ -25,6 +25,7 @@ from tokencomp.serving.vllm.roles import ROLE_FLAGS, router_networks
 from tokencomp.serving.vllm.rules import Rules
 
 logger = logging.getLogger("tokencomp.serving")
+OVERRIDES = "--hf-overrides"
 
 MAX_REQUESTS = 1024 + 256  # that run, which is vLLM's largest default, and that wait
 
@@ -77,9 +78,12 @@ def vllm_command(
         command += ["--allowed-local-media-path", str(limits.allowed_path.resolve())]
     remote = sets(flags, "--allowed-media-domains")
     ours = not sets(flags, "--media-io-kwargs") or _takes_frames(extra)
+    options = {**options, "only_own": parsed.only_own}
+    overrides, extra = _overrides(options, flags, extra)
+    command += overrides
     env = {
         **os.environ,
-        ENV_OPTIONS: json.dumps({**options, "only_own": parsed.only_own}),
+        ENV_OPTIONS: json.dumps(options),  # for the middleware
         ENV_RULES: Rules(
             bind, limits, remote, trusts_kwargs, ours, tuple(paths), tuple(routers)
         ).as_json(),
@@ -106,6 +110,38 @@ def vllm_command(
         # In this mode of Prometheus, the reduction times of the workers reach /metrics.
         env[ENV_METRICS] = tempfile.mkdtemp(prefix=METRICS)
     return [*command, *extra], env
+
+
+def _overrides(
+    options: dict[str, Any], flags: Sequence[str], extra: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Arguments that put our options into the config of the model, and the remaining `extra`.
+
+    vLLM sends the config to workers on other nodes, but not the environment. Of several values of
+    `--hf-overrides` vLLM takes the last, so that an operator's JSON is merged with ours.
+    """
+    ours, rest, words = json.dumps(options), list[str](), iter(extra)
+    found: str | None = None
+    if any(word.replace("_", "-").startswith(f"{OVERRIDES}.") for word in extra):
+        return [f"{OVERRIDES}.{KEY}", ours], [*extra]  # vLLM merges values of this form
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == OVERRIDES:
+            found = value if equals else next(words, None)
+        else:
+            rest.append(word)
+    if sets(flags, OVERRIDES) and found is None:
+        raise OptionError(f"{OVERRIDES} in a file of --config, or cut off: give it as JSON here.")
+    try:
+        theirs = json.loads(found or "{}")
+    except ValueError:
+        theirs = None
+    if not isinstance(theirs, dict) or KEY in theirs:
+        raise OptionError(
+            f"{OVERRIDES} {found}: expected a JSON object without {KEY!r}, whose options are those "
+            "of this command (--ratio, --reducer, …)."
+        )
+    return [OVERRIDES, json.dumps({**theirs, KEY: options})], rest
 
 
 def _video_arguments(limits: Limits, flags: Sequence[str], extra: Sequence[str]) -> list[str]:
