@@ -283,8 +283,8 @@ def test_metrics_count_tokens_by_modality_reducer_and_ratio(served: Served) -> N
     names = [f"tokencomp_visual_tokens_{n}_total" for n in ("before", "after")]
     names += ["tokencomp_achieved_ratio_count", "tokencomp_achieved_ratio_sum"]
     media, clip = http.image_url(5), http.video_url(2)
-    image, video = ("image", "0.75", "uniform"), ("video", "0.75", "uniform")
-    off, answers = ("image", "0", "none"), []
+    image, video = ("image", "0.75", "uniform", "all"), ("video", "0.75", "uniform", "all")
+    off, answers = ("image", "0", "none", "all"), []
     for _ in range(2):  # in vLLM's second request the media come from the cache
         start = [samples(served.url, name) for name in names]
         asked = {"reducer": "uniform", "ratio": 0.74}
@@ -302,7 +302,7 @@ def test_metrics_count_tokens_by_modality_reducer_and_ratio(served: Served) -> N
         ]
         assert rise[0] == {image: 64, video: 48, off: 64}
         assert rise[1] == {image: 17, video: 12, off: 64}  # 26 % of 64 and of 48
-        short = [(k[0], k[2]) for k in (image, video, off)]
+        short = [(k[0], k[2], k[3]) for k in (image, video, off)]
         assert rise[2] == dict.fromkeys(short, 1)
         assert rise[3] == pytest.approx({short[0]: 1 - 17 / 64, short[1]: 0.75})
     assert answers[0] == answers[1]

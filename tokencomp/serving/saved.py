@@ -70,7 +70,7 @@ class ServerMetrics:
     """Metrics that both servers export; the labels have few values, whatever clients send."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        p, labels = "tokencomp", ("reducer", "modality", "ratio")
+        p, labels = "tokencomp", ("role", "reducer", "modality", "ratio")
         self.requests = Counter(
             f"{p}_requests", "Requests by HTTP status", ["status"], registry=registry
         )
@@ -83,7 +83,7 @@ class ServerMetrics:
             registry=registry,
         )  # fmt: skip
         self.achieved = Histogram(
-            f"{p}_achieved_ratio", "Achieved ratio of a request's media", labels[:2],
+            f"{p}_achieved_ratio", "Achieved ratio of a request's media", labels[:3],
             buckets=BOUNDS, registry=registry,
         )  # fmt: skip
         self.load_step = Gauge(
@@ -91,16 +91,16 @@ class ServerMetrics:
             multiprocess_mode="max", registry=registry,
         )  # fmt: skip
 
-    def count(self, saved: Saved) -> None:
-        """Count the visual tokens of a request."""
+    def count(self, saved: Saved, role: str = "all") -> None:
+        """Count the visual tokens of a request that has this role here, see `vllm.roles`."""
         for modality, (before, after) in saved.tokens.items():
             if not before:
                 continue
             ratio = 1 - after / before
-            labels = saved.reducer, modality, _bucket(ratio)
+            labels = role, saved.reducer, modality, _bucket(ratio)
             self.before.labels(*labels).inc(before)
             self.after.labels(*labels).inc(after)
-            self.achieved.labels(*labels[:2]).observe(ratio)
+            self.achieved.labels(*labels[:3]).observe(ratio)
 
 
 def _bucket(ratio: float) -> str:

@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 
 from tokencomp.method import MethodSpec
 from tokencomp.serving.item_plan import ItemPlan, ItemSize, field_name
-from tokencomp.serving.saved import Saved, process_metrics
+from tokencomp.serving.saved import Saved
 
 logger = init_logger("vllm.tokencomp")
 
@@ -56,15 +56,13 @@ def item_sizes(
 
 
 def saved_by(spec: MethodSpec, sizes: Mapping[str, Sequence[tuple[int, ItemSize | None]]]) -> Saved:
-    """Count the media of one request, which `item_sizes` returns, and return what was saved."""
+    """Return what was saved of the media of one request, which `item_sizes` returns."""
     tokens = {
         modality: (sum(s.full if s else kept for kept, s in items), sum(kept for kept, _ in items))
         for modality, items in sizes.items()
     }
     merged = any(size.merged for items in sizes.values() for _, size in items if size)
-    saved = Saved.by(spec, tokens, merged)
-    process_metrics().count(saved)
-    return saved
+    return Saved.by(spec, tokens, merged)
 
 
 def count_nonfinite(plan: ItemPlan | None, error: Exception) -> None:

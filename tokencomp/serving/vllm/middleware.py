@@ -126,10 +126,17 @@ class Guard:
             exchange = EXCHANGE.get(None)
             if saved is None or exchange is None:
                 return generate(prompt, sampling, *args, **kwargs)
-            mark = ""
-            if (transfer := roles.kv_params(sampling)) is not None:
-                roles.check_transfer(prompt, transfer)
+            transfer, mark = roles.kv_params(sampling), ""
+            if transfer is not None:
+                try:
+                    roles.check_transfer(prompt, transfer)
+                except RequestError as error:  # to which vLLM answers
+                    exchange.refusal = str(error)
+                    roles.forget(client, prompt)
+                    raise
                 mark = roles.mark_of(prompt)
+            role = roles.role_of(getattr(client, "vllm_config", None), transfer)
+            self.metrics.count(saved, role)
             exchange.details = saved
             self.room.leave(exchange)
             begun = self.room.hold(media_bytes(prompt.get("mm_kwargs")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from vllm.multimodal.processing import PromptUpdate, PromptUpdateDetails
 import tokencomp
 from tokencomp.errors import OptionError
 from tokencomp.method import MethodSpec
-from tokencomp.serving import KEY
+from tokencomp.serving import ENV_RULES, KEY
 from tokencomp.serving.item_plan import (
     ItemPlan,
     ItemSize,
@@ -25,10 +26,12 @@ from tokencomp.serving.item_plan import (
     config_facts,
     field_name,
 )
+from tokencomp.serving.saved import process_metrics
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.entry import configured_options
 from tokencomp.serving.vllm.metrics import item_sizes, saved_by
 from tokencomp.serving.vllm.repeats import Compared, KeptPixels, chained, compares, item_cells
+from tokencomp.serving.vllm.roles import ALL, ENCODE
 from tokencomp.tokens.tokens import LastKept, VisualSpan
 
 logger = init_logger("vllm.tokencomp")
@@ -166,8 +169,11 @@ class CompressingProcessor:
             sizes = item_sizes(result, self._sizes)
             items = itertools.chain(*sizes.values())
             self.check_positions([size for _, size in items if size is not None])
-            # The front end takes it out again, for the answer.
-            result[KEY] = saved_by(self._spec(inputs.hf_processor_mm_kwargs), sizes)
+            # The front end of `tokencomp serve` takes it out again, and counts it by role.
+            result[KEY] = saved = saved_by(self._spec(inputs.hf_processor_mm_kwargs), sizes)
+            if ENV_RULES not in os.environ:
+                encodes = getattr(self._multimodal, "mm_encoder_only", False)
+                process_metrics().count(saved, ENCODE if encodes else ALL)
         return result
 
     def _get_mm_hashes(self, inputs: Any) -> Any:

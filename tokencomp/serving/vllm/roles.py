@@ -24,6 +24,7 @@ from tokencomp.serving import KEY
 from tokencomp.serving.limits import RequestError
 
 KV_PARAMS, EC_PARAMS = "kv_transfer_params", "ec_transfer_params"
+ALL, ENCODE, PREFILL, DECODE = "all", "encode", "prefill", "decode"
 ROLE_FLAGS = ("--kv-transfer-config", "--ec-transfer-config")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -87,6 +88,24 @@ def _transfers(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:
                 yield name, inner.get(name), False
 
 
+# -- roles ----------------------------------------------------------------------------------------
+
+
+def role_of(config: Any, params: Any) -> str:
+    """The role that an engine with this config has for a request with these `kv_transfer_params`.
+
+    `ALL` is the whole request, or all of it but the encoder.
+    """
+    encoder = getattr(config, "ec_transfer_config", None)
+    if encoder is not None and encoder.is_ec_producer and not encoder.is_ec_consumer:
+        return ENCODE
+    asked = params if isinstance(params, dict) else {}
+    kind = getattr(getattr(config, "kv_transfer_config", None), "kv_role", None)
+    if asked.get("do_remote_decode") or kind == "kv_producer":
+        return PREFILL
+    return DECODE if asked.get("do_remote_prefill") or kind == "kv_consumer" else ALL
+
+
 # -- prefill and decode ----------------------------------------------------------------------------
 
 
@@ -102,6 +121,21 @@ def mark_of(prompt: Mapping[str, Any]) -> str:
     """
     content = [sorted(prompt["mm_hashes"].items()), list(prompt["prompt_token_ids"])]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def forget(client: Any, prompt: Mapping[str, Any]) -> None:
+    """Take the media of a refused prompt out of the cache of vLLM's front end.
+
+    It notes what it has sent, and would send the next request with the same media without them,
+    while the engine never got them.
+    """
+    cache = getattr(getattr(client, "renderer", None), "mm_processor_cache", None)
+    if cache is None:
+        return
+    for modality, items in prompt["mm_kwargs"].items():
+        for key, item in zip(prompt["mm_hashes"][modality], items, strict=True):
+            if item is not None:  # else the engine has it
+                cache.invalidate(key)
 
 
 def check_transfer(prompt: Mapping[str, Any], params: Any) -> None:
