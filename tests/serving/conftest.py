@@ -61,3 +61,26 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return {"log": process.stderr + process.stdout, **json.loads(results.read_text())}
 
     return run
+
+
+@pytest.fixture(scope="session")
+def run_roles(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Function that runs engines in turn, each in a process of its own, see `roles_driver`."""
+    if not HAS_VLLM:
+        pytest.skip("vllm is not installed (pip install '.[vllm]')")
+    root = tmp_path_factory.mktemp("roles")
+
+    def run(model: Path, steps: list[dict]) -> dict:
+        plan, results = root / "steps.json", root / "results.json"
+        results.unlink(missing_ok=True)
+        plan.write_text(json.dumps(steps))
+        words = ["-m", "support.serving.roles_driver", str(model), str(plan), str(results)]
+        process = subprocess.run(
+            [sys.executable, *words], cwd=TESTS, capture_output=True, text=True,
+            timeout=ENGINE_SECONDS, env={**os.environ, "TOKENCOMP_VLLM": "on"},
+        )  # fmt: skip
+        assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-6000:]
+        found: dict = json.loads(results.read_text())
+        return found
+
+    return run

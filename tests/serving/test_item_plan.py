@@ -19,6 +19,7 @@ from tokencomp.adapters.towers.base import Cells
 from tokencomp.errors import OptionError, PlanError, WeightsError
 from tokencomp.method import MethodSpec
 from tokencomp.reducers.registry import available_reducers, make_reducer
+from tokencomp.serving import item_plan
 from tokencomp.serving.item_plan import ItemPlan, cache_key, config_facts, item_span
 from tokencomp.serving.item_rows import reduce_item, reduce_rows
 from tokencomp.serving.spec import ServerOptions
@@ -206,6 +207,15 @@ def test_weights_that_are_trained_again_have_other_keys_and_choose_anew(tmp_path
         assert kept[-1] == reducer.reduce(Tokens(x, [span.grid], [plan.kept])).patches.tolist()
     assert keys[0] == keys[1] != keys[2]
     assert kept[0] == kept[1] != kept[2]
+
+
+def test_releases_have_keys_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Roles with different releases of tokencomp do not find each other's work."""
+    spec = MethodSpec("kcenter", 0.5)
+    key = cache_key(spec)
+    assert key == cache_key(MethodSpec("kcenter", 0.5))
+    monkeypatch.setattr(item_plan, "__version__", "another")
+    assert key != cache_key(spec)
 
 
 @pytest.mark.parametrize(("extent", "position"), [(0, "first"), (40, "mean")])

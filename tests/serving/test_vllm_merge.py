@@ -145,10 +145,10 @@ def test_the_switch_decides_what_requests_may_ask() -> None:
     [
         ("attention_config", "backend", AttentionBackendEnum.FLASHINFER, "FLASHINFER"),
         ("attention_config", "backend", AttentionBackendEnum.TRITON_ATTN, "TRITON_ATTN"),
-        ("parallel_config", "pipeline_parallel_size", 2, "pipeline"),
         ("parallel_config", "prefill_context_parallel_size", 2, "prefill context"),
         ("parallel_config", "enable_dbo", True, "dual batch"),
-        ("", "kv_transfer_config", object(), "KV connectors"),
+        ("", "kv_transfer_config", SimpleNamespace(kv_connector="LMCacheConnectorV1"), "LMCache"),
+        ("", "kv_transfer_config", SimpleNamespace(kv_connector="MoRIIOConnector"), "MoRIIO"),
         ("", "speculative_config", object(), "speculative"),
     ],
 )

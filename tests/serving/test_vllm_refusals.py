@@ -58,14 +58,12 @@ def config(**changes: Any) -> Any:
 
 WRONG = {"model_config__multimodal_config__video_pruning_rate": 0.5}
 WRONG_FOR_OFFSETS = {
-    "parallel_config__pipeline_parallel_size": 2,
     "parallel_config__use_ubatching": True,
     "speculative_config": object(),  # V1's own defect, which the message names
 }
 UNTESTED = {
-    "model_config__multimodal_config__mm_encoder_tp_mode": "data",
-    "ec_transfer_config": object(),
-    "kv_transfer_config": object(),
+    "ec_transfer_config": SimpleNamespace(ec_connector="ECMooncakeConnector"),
+    "kv_transfer_config": SimpleNamespace(kv_connector="MultiConnector"),
 }
 EVERY = {**WRONG, **WRONG_FOR_OFFSETS, **UNTESTED}
 
@@ -101,6 +99,38 @@ def test_other_engines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         checks.check_engine(config(), offsets=False)
 
 
+def test_connectors_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NIXL finds blocks by number, and only `tokencomp serve` compares prompts (see `roles`)."""
+    from vllm.distributed.ec_transfer.ec_connector.factory import ECConnectorFactory
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    for name in checks.EC_CONNECTORS:
+        assert name in ECConnectorFactory._registry
+        engine = config(ec_transfer_config=SimpleNamespace(ec_connector=name))
+        checks.check_engine(engine, offsets=True)
+    for name in checks.KV_CONNECTORS:
+        assert name in KVConnectorFactory._registry
+        engine = config(kv_transfer_config=SimpleNamespace(kv_connector=name))
+        guarded = name in checks.BY_NUMBER
+        with pytest.raises(UnsupportedModelError) if guarded else contextlib.nullcontext():
+            checks.check_engine(engine, offsets=True)
+        monkeypatch.setenv("TOKENCOMP_RULES", "{}")
+        checks.check_engine(engine, offsets=True)
+        monkeypatch.delenv("TOKENCOMP_RULES")
+
+
+def test_pipelines_need_model_runner_v1() -> None:
+    for offsets, merging, v2 in itertools.product((False, True), repeat=3):
+        engine = config(
+            parallel_config__pipeline_parallel_size=2, use_v2_model_runner=v2,
+            parallel_config__prefill_context_parallel_size=1,
+            attention_config=SimpleNamespace(backend=None),
+        )  # fmt: skip
+        refused = v2 and (offsets or merging)
+        with pytest.raises(UnsupportedModelError) if refused else contextlib.nullcontext():
+            checks.check_engine(engine, offsets=offsets, merging=merging)
+
+
 def test_what_model_runner_and_positions_need() -> None:
     """V2 corrects positions before the forward pass: graphs stay full, drafters see no columns."""
     full = (CUDAGraphMode.FULL, CUDAGraphMode.FULL_AND_PIECEWISE)
@@ -112,7 +142,7 @@ def test_what_model_runner_and_positions_need() -> None:
         assert engine.compilation_config.cudagraph_mode is wanted
         for name, value in WRONG_FOR_OFFSETS.items():
             changed = config(use_v2_model_runner=v2, **{name: value})
-            if piecewise or (offsets and "pipeline" in name):
+            if piecewise:
                 with pytest.raises(UnsupportedModelError):
                     checks.check_engine(changed, offsets=offsets)
             else:

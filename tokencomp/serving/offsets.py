@@ -27,6 +27,7 @@ from torch import Tensor
 
 MAX_OFFSET = 65535  # two digits to the base 256
 OFFSETS = 6  # columns of the three offsets
+SIZES = 2  # columns of a size
 TEXT = 256  # in place of a high digit, of a row that has a token id in place of features
 
 

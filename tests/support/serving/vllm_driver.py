@@ -21,6 +21,11 @@ os.environ.update(
 )  # fmt: skip
 
 RECORDED: list = []
+DEFAULTS: dict = dict(
+    max_model_len=4096, max_num_batched_tokens=2048, enforce_eager=True, dtype="float32",
+    block_size=32, enable_prefix_caching=True, limit_mm_per_prompt={"image": 4, "video": 2},
+    max_num_seqs=8,
+)  # fmt: skip
 
 
 def record_positions() -> None:
@@ -92,13 +97,8 @@ def main() -> None:
     from vllm import LLM
 
     record_positions()
-    defaults = dict(
-        max_model_len=4096, max_num_batched_tokens=2048, enforce_eager=True, dtype="float32",
-        block_size=32, enable_prefix_caching=True, limit_mm_per_prompt={"image": 4, "video": 2},
-        max_num_seqs=8,
-    )  # fmt: skip
     start = time.time()
-    llm = LLM(model, **{**defaults, **plan["engine"]})
+    llm = LLM(model, **{**DEFAULTS, **plan["engine"]})
     results: dict = {"seconds to load": time.time() - start}
     for jobs in plan["runs"]:
         results.update(run(llm, jobs))

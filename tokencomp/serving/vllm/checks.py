@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from vllm import envs
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 
 from tokencomp.errors import UnsupportedModelError
-from tokencomp.serving import ENV_UNTESTED
+from tokencomp.serving import ENV_RULES, ENV_UNTESTED
 from tokencomp.serving.vllm import ENV_OFF
 
 logger = init_logger("vllm.tokencomp")
@@ -20,6 +19,10 @@ DRAFTERS = (
     "(VLLM_USE_V2_MODEL_RUNNER=1, on a GPU)"
 )
 MERGING_BACKENDS = ("CPU_ATTN", "FLASH_ATTN")
+EC_CONNECTORS = ("ECExampleConnector", "ECCPUConnector")  # of encoders in other processes
+KV_CONNECTORS = ("ExampleConnector", "NixlConnector")
+BY_NUMBER = ("NixlConnector",)  # find blocks by their numbers, not by what is in them
+HEAD_SIZE_OF_CONFIG = ("LMCache", "MoRIIO")  # beginnings of their names
 
 
 def check_engine(config: VllmConfig, offsets: bool, merging: bool = False) -> None:
@@ -51,22 +54,37 @@ def check_engine(config: VllmConfig, offsets: bool, merging: bool = False) -> No
 
 def _untested(config: VllmConfig) -> list[str]:
     """Return the settings with which no compressed model has been tested."""
-    multimodal: Any = config.model_config.multimodal_config
     settings = []
-    if getattr(multimodal, "mm_encoder_tp_mode", None) == "data":
-        settings.append("--mm-encoder-tp-mode data (use weights)")
-    if config.ec_transfer_config is not None:
-        settings.append("a disaggregated encoder (--ec-transfer-config)")
-    if config.kv_transfer_config is not None:
-        settings.append("disaggregated prefill or KV transfer (--kv-transfer-config)")
+    encoder, blocks = _connector(config, "ec"), _connector(config, "kv")
+    if encoder and encoder not in EC_CONNECTORS:
+        settings.append(
+            f"EC connector {encoder} (--ec-transfer-config; use {' or '.join(EC_CONNECTORS)})"
+        )
+    if blocks and blocks not in KV_CONNECTORS:
+        settings.append(
+            f"KV connector {blocks} (--kv-transfer-config; use {' or '.join(KV_CONNECTORS)})"
+        )
+    if blocks in BY_NUMBER and ENV_RULES not in os.environ:
+        settings.append(
+            f"{blocks} without `tokencomp serve`, which compares the prompts of prefill and decode"
+        )
     return settings
+
+
+def _connector(config: VllmConfig, kind: str) -> str:
+    """Name of the connector that hands features ("ec") or blocks ("kv") to other engines, or ""."""
+    transfer = getattr(config, f"{kind}_transfer_config")
+    return getattr(transfer, f"{kind}_connector", None) or ""
 
 
 def _wrong_for_offsets(config: VllmConfig, merging: bool) -> list[str]:
     """Return the settings with which offsets or sizes of rows give wrong results."""
     parallel, settings = config.parallel_config, []
-    if parallel.pipeline_parallel_size > 1:
-        settings.append("--pipeline-parallel-size above 1: later stages see no media (use tensor)")
+    if parallel.pipeline_parallel_size > 1 and config.use_v2_model_runner:
+        settings.append(
+            "--pipeline-parallel-size above 1 under model runner V2: later stages see no media "
+            "(use tensor, or VLLM_USE_V2_MODEL_RUNNER=0)"
+        )
     if config.use_v2_model_runner and not merging:
         return settings  # it corrects positions before the forward pass, also for drafters
     if parallel.use_ubatching:
@@ -81,8 +99,8 @@ def _wrong_for_merging(config: VllmConfig) -> list[str]:
     settings, backend = [], config.attention_config.backend
     if config.parallel_config.prefill_context_parallel_size > 1:
         settings.append("prefill context parallelism reorders rows, not their sizes (--merge)")
-    if config.kv_transfer_config is not None:
-        settings.append("KV connectors take the head size from the config (--merge)")
+    if (name := _connector(config, "kv")).startswith(HEAD_SIZE_OF_CONFIG):
+        settings.append(f"{name} takes the head size from the config, not from layers (--merge)")
     if backend is not None and backend.name not in MERGING_BACKENDS:
         settings.append(f"attention backend {backend.name} takes no wider heads (--merge)")
     return settings

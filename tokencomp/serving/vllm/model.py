@@ -13,11 +13,12 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.multimodal.utils import copy_mm_embedding_modality
+from vllm.sequence import IntermediateTensors
 
 from tokencomp.errors import ScoreError
 from tokencomp.serving.item_plan import ItemPlan, field_name
 from tokencomp.serving.item_rows import batches, reduce_rows
-from tokencomp.serving.offsets import unpack_sizes
+from tokencomp.serving.offsets import OFFSETS, SIZES, unpack_sizes
 from tokencomp.serving.vllm.checks import check_engine
 from tokencomp.serving.vllm.metrics import count_nonfinite, timed
 from tokencomp.serving.vllm.processing import MODALITIES, server_options
@@ -25,6 +26,7 @@ from tokencomp.serving.vllm.tower import EngineTower
 from tokencomp.serving.vllm.weighted import note_in_compile_key, widen_attention
 
 logger = init_logger("vllm.tokencomp")
+STAGE = "tokencomp_{}"  # what a stage of a pipeline hands on to the next, by this name
 
 
 def by_item(features: Any) -> list[Tensor]:
@@ -60,12 +62,18 @@ class CompressingModel:
 
     With `needs_offsets`, rows carry position offsets (`checks.check_engine`). `reduced_width` is
     the number of leading columns of a row that the reducer sees; None: all.
+
+    Rows for other engines have one width, as connectors ask for it once (`_widened`):
+
+        | d features | size, if the engine merges | offsets, with `needs_offsets` |
     """
 
     needs_offsets: ClassVar[bool] = False
     reduced_width: int | None = None
     visual: Any
     language_model: Any
+    make_empty_intermediate_tensors: Any
+    _one_width: bool = False  # for all items, as connectors measure it once
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         options = server_options(vllm_config.model_config)
@@ -78,6 +86,10 @@ class CompressingModel:
         if options.merging:
             self._row_sizes = widen_attention(self.language_model, vllm_config)
         self._row_budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
+        self._one_width = vllm_config.ec_transfer_config is not None
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            self._stock_empty = self.make_empty_intermediate_tensors
+            self.make_empty_intermediate_tensors = self._empty_stage
         self._tower: EngineTower | None = None  # made by the first request that needs it
         logger.info("tokencomp in worker %d: default %s", os.getpid(), default)
 
@@ -112,6 +124,24 @@ class CompressingModel:
         return replace(super().get_encoder_cudagraph_config(), modalities=[])  # type: ignore[misc]  # of vLLM's class
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
+        """Return the rows of every item as the engine stores them."""
+        items = self._reduced_items(**kwargs)
+        return tuple(map(self._widened, items)) if self._one_width else items
+
+    def _widened(self, rows: Tensor) -> Tensor:
+        """Rows of an item with all columns that a row of this engine can have."""
+        n, width = rows.shape[0], rows.shape[1]
+        parts = [rows[:, : self.row_width]]
+        sized = width in (self.row_width + SIZES, self.row_width + SIZES + OFFSETS)
+        if self._row_sizes is not None:
+            one = rows.new_tensor([0, 1]).expand(n, SIZES)
+            parts.append(rows[:, self.row_width : self.row_width + SIZES] if sized else one)
+        if self.needs_offsets:
+            moved = width >= self.row_width + OFFSETS
+            parts.append(rows[:, -OFFSETS:] if moved else rows.new_zeros(n, OFFSETS))
+        return torch.cat(parts, dim=1)
+
+    def _reduced_items(self, **kwargs: Any) -> Sequence[Tensor]:
         """Run the vision tower on batches of limited size and reduce every item to its plan."""
         plan_fields = [kwargs.pop(field_name(m)) for m in MODALITIES if field_name(m) in kwargs]
         if not plan_fields:
@@ -156,6 +186,45 @@ class CompressingModel:
         return super().embed_input_ids(  # type: ignore[misc]  # of vLLM's class
             input_ids, multimodal_embeddings, is_multimodal=is_multimodal, **kwargs
         )
+
+    # -- stages of a pipeline -------------------------------------------------------------------
+
+    def stage_rows(self, positions: Tensor) -> dict[str, Tensor]:
+        """What the rows of this step carry to later stages, which see no media: the first axis."""
+        if self._row_sizes is None:
+            return {}
+        return {STAGE.format("sizes"): self._row_sizes[: positions.shape[-1]]}
+
+    def take_stage_rows(self, given: Mapping[str, Tensor], positions: Tensor) -> None:
+        """Take over what `stage_rows` of the stage before has returned."""
+        sizes = given.get(STAGE.format("sizes"))
+        if sizes is not None and self._row_sizes is not None:
+            self._row_sizes[: len(sizes)] = sizes
+
+    def _empty_stage(self, batch_size: int, dtype: torch.dtype, device: Any) -> Any:
+        """Buffers (batch_size, …) for what a stage gets, with those of `stage_rows`."""
+        empty = self._stock_empty(batch_size, dtype, device)
+        positions = torch.zeros(3, batch_size, dtype=torch.long, device=device)
+        for name, rows in self.stage_rows(positions).items():
+            empty.tensors[name] = torch.zeros_like(rows, device=device)
+        return empty
+
+    def forward(
+        self, input_ids: Any, positions: Tensor, intermediate_tensors: Any = None, *args: Any,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Run the model; in a pipeline, sizes and positions of rows travel between the stages."""
+        earlier = intermediate_tensors
+        if earlier is not None:
+            own = STAGE.format("")
+            given = {n: x for n, x in earlier.tensors.items() if n.startswith(own)}
+            others = {n: x for n, x in earlier.tensors.items() if n not in given}
+            self.take_stage_rows(given, positions)
+            earlier = IntermediateTensors(others)
+        out = super().forward(input_ids, positions, earlier, *args, **kwargs)  # type: ignore[misc]  # of vLLM's class
+        if isinstance(out, IntermediateTensors):
+            out.tensors.update(self.stage_rows(positions))
+        return out
 
     def _encode(
         self, part: dict[str, Any], plans: list[ItemPlan]

@@ -22,7 +22,7 @@ from vllm.multimodal.utils import copy_mm_embedding_modality
 
 from tokencomp.serving.item_plan import ItemPlan, field_name
 from tokencomp.serving.offsets import OFFSETS, grid_offsets, split_offsets, with_offsets
-from tokencomp.serving.vllm.model import CompressingModel
+from tokencomp.serving.vllm.model import STAGE, CompressingModel
 from tokencomp.serving.vllm.mrope_processor import TABLE_FACTOR, Processor, time_factor
 
 __all__ = ["Model", "Processor"]
@@ -189,6 +189,15 @@ class Model(CompressingModel):
             input_ids, multimodal_embeddings, is_multimodal=is_multimodal, **kwargs
         )
 
+    def stage_rows(self, positions: Tensor) -> dict[str, Tensor]:
+        """Also the corrected positions (n, 3), of which later stages have the base only."""
+        rows = super().stage_rows(positions)
+        return {**rows, STAGE.format("positions"): positions.T.contiguous()}
+
+    def take_stage_rows(self, given: Mapping[str, Tensor], positions: Tensor) -> None:
+        super().take_stage_rows(given, positions)
+        positions.copy_(given[STAGE.format("positions")].T)
+
     def forward(self, input_ids: Any, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Add the stored offsets to the positions and run the model.
 
@@ -199,4 +208,4 @@ class Model(CompressingModel):
             rows, offsets = self._pending
             self._pending = None
             positions[:, rows.to(positions.device)] += offsets.to(positions)
-        return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]  # of vLLM's class
+        return super().forward(input_ids, positions, *args, **kwargs)
