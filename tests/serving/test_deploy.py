@@ -34,6 +34,16 @@ def commands() -> dict[str, list[str]]:
         "Dockerfile": json.loads(found(r"^CMD (.*)$", "Dockerfile")),
         "compose.yaml": documents("compose.yaml")[0]["services"]["server"]["command"],
         "kubernetes.yaml": container_of_pod()["args"],
+        **{
+            f"compose.nodes.yaml {name}": documents("compose.nodes.yaml")[0]["services"][name][
+                "command"
+            ]
+            for name in ("prefill", "decode")
+        },
+        **{
+            f"kubernetes.nodes.yaml {pod['metadata']['name']}": container_of_pod(pod)["args"]
+            for pod in documents("kubernetes.nodes.yaml")
+        },
     }
 
 
@@ -46,8 +56,10 @@ def found(pattern: str, name: str) -> str:
     return match
 
 
-def container_of_pod() -> dict[str, Any]:
-    return documents("kubernetes.yaml")[0]["spec"]["template"]["spec"]["containers"][0]
+def container_of_pod(deployment: Any = None) -> dict[str, Any]:
+    deployment = deployment or documents("kubernetes.yaml")[0]
+    container: dict[str, Any] = deployment["spec"]["template"]["spec"]["containers"][0]
+    return container
 
 
 def test_options_exist() -> None:
@@ -55,7 +67,8 @@ def test_options_exist() -> None:
     app: Any = typer.main.get_command(build_app())
     known = {option for parameter in app.commands["serve"].params for option in parameter.opts}
     for name, arguments in commands().items():
-        used = {argument.partition("=")[0] for argument in arguments if argument[:2] == "--"}
+        ours = arguments[: [*arguments, "--"].index("--")]
+        used = {argument.partition("=")[0] for argument in ours if argument[:2] == "--"}
         assert "--model" in used and used <= known, name
 
 
@@ -153,6 +166,24 @@ def test_the_pod_finds_its_server_and_lets_requests_end() -> None:
     assert found(r"^USER (.*)$", "Dockerfile") == str(user)
     (pause,) = (int(word) for word in container["lifecycle"]["preStop"]["exec"]["command"][1:])
     assert pod["spec"]["terminationGracePeriodSeconds"] > pause + Bind.shutdown_timeout
+
+
+def test_both_roles_find_each_other() -> None:
+    """Media hashes contain the setting, and transfer parameters come from the router alone."""
+    services = documents("compose.nodes.yaml")[0]["services"]
+    for roles in (
+        [services[name]["command"] for name in ("prefill", "decode")],
+        [container_of_pod(pod)["args"] for pod in documents("kubernetes.nodes.yaml")],
+    ):
+        one, other = ({a for a in words if not a.startswith("--port=")} for words in roles)
+        assert one == other and any(a.startswith("--router=") for a in one)
+        assert "--kv-transfer-config.kv_connector=NixlConnector" in one
+    one, other = ({*services[name]["environment"].values()} for name in ("prefill", "decode"))
+    assert one != other  # ports of NIXL, on one address
+    env = services["router"]["environment"]
+    for name in ("prefill", "decode"):
+        (port,) = [a.partition("=")[2] for a in services[name]["command"] if "--port" in a]
+        assert env[name.upper()] == f"http://127.0.0.1:{port}"
 
 
 # -- monitoring -------------------------------------------------------------------------------

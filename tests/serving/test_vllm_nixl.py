@@ -1,0 +1,180 @@
+"""Prefill and decode as two servers over NIXL, with the requests that a router sends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vllm is not installed")
+pytest.importorskip("nixl", reason="nixl is not installed (pip install nixl)")
+
+import yaml
+from support.serving import http
+from support.serving.processes import Served, started
+
+CHAT = "/v1/chat/completions"
+DEPLOY = Path(__file__).parents[2] / "examples" / "deploy"
+GIVEN: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
+LONGEST = 8
+
+
+@contextlib.contextmanager
+def role(folder: Path, root: Path, name: str) -> Iterator[Served]:
+    """A service of compose.nodes.yaml as a process, with another model and another port."""
+    service = yaml.safe_load((DEPLOY / "compose.nodes.yaml").read_text())["services"][name]
+    words = [re.sub(r"\$\{\w+:-(.*?)\}", r"\1", word) for word in service["command"]]
+    changed = ("--engine", "--model", "--port")
+    words = [word for word in words if word.partition("=")[0] not in changed]
+    (root / name).mkdir(exist_ok=True)
+    port = str(http.free_port())
+    more = {"VLLM_NIXL_SIDE_CHANNEL_PORT": port}
+    with started("vllm", folder, root / name, *words, **more) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def router(prefill: Served, decode: Served) -> Iterator[Served]:
+    """The router of the compose file before both."""
+    port, env = http.free_port(), {"PREFILL": prefill.url, "DECODE": decode.url}
+    command = [sys.executable, str(DEPLOY / "router.py"), str(port)]
+    process = subprocess.Popen(command, env={**os.environ, **env})
+    url = f"http://127.0.0.1:{port}"
+    try:
+        http._wait(url + "/health", process, decode.root / "log")
+        yield replace(decode, url=url)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def post(server: Served, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Return status and JSON of an answer."""
+    head = {"Content-Type": "application/json", "Authorization": f"Bearer {server.key}"}
+    request = urllib.request.Request(server.url + CHAT, json.dumps(body).encode(), head)
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, _json(error.read())
+
+
+def _json(content: bytes) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        found: dict[str, Any] = json.loads(content)
+        return found
+    return {"error": {"message": content.decode()}}
+
+
+def question(number: int) -> dict[str, Any]:
+    """One to three images and clips at all ratios, dropped or merged."""
+    urls = [http.image_url(number, 224 + 28 * (number % 3), 168)]
+    urls += [http.image_url(90 + number, 112, 168), http.video_url(number, 6)][: number % 3]
+    options: Any = {"ratio": (0, 0.5, 0.75, 0.9)[number % 4], "merge": number % 2 == 0}
+    named = {} if number % 5 == 4 else {"tokencomp": options}
+    return {
+        "model": "tiny", "messages": http.messages(http.QUESTION, *urls), "max_tokens": LONGEST,
+        "temperature": 0, "ignore_eos": True, "logprobs": True, **named,
+    }  # fmt: skip
+
+
+def prefilled(server: Served, body: dict[str, Any]) -> dict[str, Any]:
+    """What the prefill hands over, as routers ask for it."""
+    status, answer = post(server, {**body, "max_tokens": 1, "kv_transfer_params": GIVEN})
+    assert status == 200, answer
+    found: dict[str, Any] = answer["kv_transfer_params"]
+    return found
+
+
+def words(answer: dict[str, Any]) -> list[tuple[str, float]]:
+    content = answer["choices"][0]["logprobs"]["content"]
+    assert len(content) == LONGEST
+    return [(word["token"], word["logprob"]) for word in content]
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two answers have equal tokens and, to 1e-4, log-probabilities."""
+    pairs = zip(words(one), words(other), strict=True)
+    return all(a[0] == b[0] and math.isclose(a[1], b[1], abs_tol=1e-4) for a, b in pairs)
+
+
+def encoded(server: Served) -> float:
+    return http.metric(server.url, "tokencomp_reduce_seconds_total")
+
+
+def test_prefill_and_decode_over_nixl(tiny_folder: Any, tmp_path: Path) -> None:
+    folder = tiny_folder("qwen2_vl")
+    with role(folder, tmp_path, "decode") as decode:
+        with role(folder, tmp_path, "prefill") as prefill:
+            for number in range(20):  # cold, and warm where a body comes again
+                body = question(number % 15)
+                handed = prefilled(prefill, body)
+                status, got = post(decode, {**body, "kv_transfer_params": handed})
+                assert status == 200, got
+                assert same(post(prefill, body)[1], got), number
+            assert encoded(prefill) and not encoded(decode)
+            check_refusals(prefill, decode)
+            lost = prefilled(prefill, question(33))
+            with router(prefill, decode) as front:
+                check_router(front, prefill, decode)
+                os.killpg(prefill.process.pid, signal.SIGKILL)
+                assert post(front, question(42))[0] == 200  # by the decode alone
+        status, answer = post(decode, {**question(33), "kv_transfer_params": lost})
+        assert status >= 500 and "error" in answer  # the router asks another prefill
+        status, alone = post(decode, question(33))
+        assert status == 200
+        with role(folder, tmp_path, "prefill") as prefill:
+            for number in (33, 34):
+                handed = prefilled(prefill, question(number))
+                status, got = post(decode, {**question(number), "kv_transfer_params": handed})
+                assert status == 200 and same(post(prefill, question(number))[1], got)
+                assert number == 34 or same(alone, got)
+
+
+def check_router(front: Served, prefill: Served, decode: Served) -> None:
+    """Its answers are those of one process, and metrics by role count an image once."""
+    begun = {s.url: visual(s, "prefill") + visual(s, "decode") for s in (prefill, decode)}
+    status, got = post(front, question(41))
+    assert status == 200
+    tokens = got["usage"]["tokencomp"]["visual_tokens_before"]
+    rise = [visual(s, r) for s, r in ((prefill, "prefill"), (decode, "decode"))]
+    assert [n - begun[s.url] for n, s in zip(rise, (prefill, decode), strict=True)] == [tokens] * 2
+    assert same(post(prefill, question(41))[1], got)
+    assert post(front, {**question(41), "kv_transfer_params": GIVEN})[0] == 403
+
+
+def visual(server: Served, role: str) -> float:
+    """Visual tokens that a server has counted in a role."""
+    lines = http.get(server.url + "/metrics")[1].splitlines()
+    found = [line for line in lines if line.startswith("tokencomp_visual_tokens_before_total{")]
+    return sum(float(line.split()[-1]) for line in found if f'role="{role}"' in line)
+
+
+def check_refusals(prefill: Served, decode: Served) -> None:
+    """What differs between the roles is refused, and both continue."""
+    body = {**question(21), "tokencomp": {"ratio": 0.75}}
+    for other in ({"ratio": 0.5}, {"ratio": 0.9}, {"ratio": 0.75, "reducer": "uniform"},
+                  {"ratio": 0.75, "merge": False}):  # fmt: skip
+        handed = prefilled(prefill, {**body, "tokencomp": other})
+        status, answer = post(decode, {**body, "kv_transfer_params": handed})
+        assert status == 400 and "prefill and decode differ" in answer["error"]["message"]
+    handed = prefilled(prefill, body)
+    unmarked = {name: value for name, value in handed.items() if name != "tokencomp"}
+    for params in (unmarked, "text", [1]):  # a refused request frees the blocks of the prefill
+        assert post(decode, {**body, "kv_transfer_params": params})[0] == 400
+    assert post(decode, {**body, "kv_transfer_params": prefilled(prefill, body)})[0] == 200
+    hidden = {**body, "vllm_xargs": {"kv_transfer_params": "text"}}
+    assert post(decode, hidden)[0] == 400 and post(decode, body)[0] == 200
