@@ -40,7 +40,7 @@ from benchmarks.gpu import recompute
 from benchmarks.kernels import calls, roofline, weights
 from benchmarks.long import choice as long_choice
 from benchmarks.long import page as long_answers
-from benchmarks.models import chunked_prefill, decoding, prefill, rounding
+from benchmarks.models import chunked_prefill, decoding, prefill, rounding, total
 from benchmarks.models import tower as first_token
 from benchmarks.mutants import page as mutants
 from benchmarks.mutants.run import read as read_mutants
@@ -60,9 +60,9 @@ EXPERIMENTS = [
     module.EXPERIMENT
     for module in (
         intervals, pixels, retrieval, session, frames, clock, stream, calls, weights,
-        chunked_prefill, decoding, prefill, rounding, first_token, peers, photographs, candidates,
-        clip_answers, clips, screens, answers, receipts, agents, attacker, burst, clients, merging,
-        positions, ratio_zero, serving, sounds,
+        chunked_prefill, decoding, prefill, rounding, first_token, total, peers, photographs,
+        candidates, clip_answers, clips, screens, answers, receipts, agents, attacker, burst,
+        clients, merging, positions, ratio_zero, serving, sounds,
     )
 ]  # fmt: skip
 STUDIES = [module.STUDY for module in (adsc, ccam, selector, selector_features)]
