@@ -37,7 +37,18 @@ def section(forced: dict[str, Any]) -> str:
     for kind in KINDS:
         parts += [f"**{kind.capitalize()}** ({len(held[kind]['facts'])} answers)\n"]
         parts += [_room(held[kind]), ""]
-    return "\n".join(parts)
+    return "\n".join([*parts, _meaning(held), ""])
+
+
+def _meaning(held: dict[str, Any]) -> str:
+    """What the tables say of room above the default, at the largest ratio."""
+    ratio, found = RATIOS[-1], {}
+    for kind in KINDS:
+        facts, readers = held[kind]["facts"], held[kind]["readers"]
+        default = held[kind]["settings"][f"auto-{ratio}"]
+        every = (default, readers[f"fact {ratio}"], readers[f"question {ratio}"])
+        found[kind] = [f"{np.mean(_shares(one, facts)):.1%}" for one in every]
+    return MEANING.format(ratio=ratio, **found)
 
 
 def _by_token(held: dict[str, Any]) -> str:
@@ -51,6 +62,9 @@ def _by_token(held: dict[str, Any]) -> str:
             cells.append(f"{np.mean(some):.1%}" if some else "–")
         lines.append([method_of(label), *cells])
     lines.sort(key=lambda line: line[1:], reverse=True)
+    some = next(iter(held["settings"].values()))
+    counts = [str(sum(len(one[first - 1 : last]) for one in some)) for first, last in TOKENS]
+    lines.insert(0, ["tokens", *counts])
     names = [f"{a} to {b}" if b < 400 else f"{a} and more" for a, b in TOKENS]
     return table(["method", *names], lines)
 
@@ -88,6 +102,11 @@ def _room(held: dict[str, Any]) -> str:
     return table(["facts that agree", *(f"ratio {r}" for r in RATIOS)], lines)
 
 
+MEANING = """At ratio {ratio}, rows chosen again for every fact keep {images[1]} of the facts on
+images, the default {images[0]}, and rows chosen once by the question {images[2]}. There a method
+that keeps all rows and reads few of them has room, if it knows which. On clips they keep
+{clips[1]}, the default {clips[0]}: next to merging there is little room.
+"""
 HEAD = """## Token by token
 
 Teacher forcing: a setting continues the full model's own answer, so what it gets wrong is not the
