@@ -51,7 +51,16 @@ from benchmarks.real import candidates, clip_answers, clips
 from benchmarks.real import run as photographs
 from benchmarks.screens import __main__ as screens
 from benchmarks.screens import answers, receipts
-from benchmarks.serving import agents, attacker, burst, clients, merging, positions, ratio_zero
+from benchmarks.serving import (
+    agents,
+    attacker,
+    burst,
+    clients,
+    merging,
+    positions,
+    ratio_zero,
+    transfer,
+)
 from benchmarks.serving import run as serving
 from benchmarks.sounds import run as sounds
 from tokencomp.cli import one_message
@@ -62,7 +71,7 @@ EXPERIMENTS = [
         intervals, pixels, retrieval, session, frames, clock, stream, calls, weights,
         chunked_prefill, decoding, prefill, rounding, first_token, total, peers, photographs,
         candidates, clip_answers, clips, screens, answers, receipts, agents, attacker, burst,
-        clients, merging, positions, ratio_zero, serving, sounds,
+        clients, merging, positions, ratio_zero, serving, sounds, transfer,
     )
 ]  # fmt: skip
 STUDIES = [module.STUDY for module in (adsc, ccam, selector, selector_features)]
