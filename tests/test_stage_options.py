@@ -19,7 +19,7 @@ import tokencomp
 from tokencomp.errors import OptionError
 from tokencomp.evaluation import Setting
 from tokencomp.evaluation.patches import patched
-from tokencomp.method import MethodSpec
+from tokencomp.method import Method
 from tokencomp.plan.counts import budget_shares
 from tokencomp.plan.options import OPTIONS
 from tokencomp.serving.item_plan import ItemPlan, item_span
@@ -87,7 +87,7 @@ def test_servers(option: dict[str, Any], where: str, engine: str) -> None:
 
 def test_engines_choose_what_transformers_chooses(option: dict[str, Any]) -> None:
     """vLLM and SGLang, whose plans travel as bytes."""
-    method = MethodSpec("kcenter", 0.5, option)
+    method = Method("kcenter", 0.5, option)
     for features, grid, kept in choices_of(**KCENTER, **option):
         plan = ItemPlan.make([item_span("image", grid)], method)
         assert reduce_item(ItemPlan.from_tensor(plan.to_tensor()), features)[1].tolist() == kept
@@ -95,24 +95,25 @@ def test_engines_choose_what_transformers_chooses(option: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("special", [(), (2, 7)])
 def test_mlx_chooses_what_an_item_plan_chooses(
-    option: dict[str, Any], special: tuple[int, ...]
+    option: dict[str, Any], special: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also between line breaks; rows and sizes are the same."""
     pytest.importorskip("mlx_vlm")
     import mlx.core as mx
 
-    from tokencomp.mlx.method import ChosenMethod
+    from tokencomp.mlx.method import MlxMethod
     from tokencomp.mlx.spans import Span
 
     grid, length = (1, 4, 5), 20 + len(special)
     x = torch.randn(length, 8, generator=torch.Generator().manual_seed(0))
     breaks = np.isin(np.arange(length), special)
     span = Span("image", grid, np.arange(length), breaks, 0)
-    plan = ItemPlan.make([item_span("image", grid, special)], MethodSpec("kcenter", 0.5, option))
+    plan = ItemPlan.make([item_span("image", grid, special)], Method("kcenter", 0.5, option))
     rows, index = reduce_item(plan, x)
     for torch_reducer in (None, tokencomp.make_reducer("kcenter")):
-        method = ChosenMethod(0.5, "kcenter", **option)
-        vars(method)["torch_reducer"] = torch_reducer or method.torch_reducer
+        method = MlxMethod("kcenter", 0.5, options=option)
+        if torch_reducer is not None:
+            monkeypatch.setattr(MlxMethod, "torch_reducer", torch_reducer)
         kept = method.kept(span, budget_shares([span])[0], mx.array(x.numpy()))
         assert kept.offsets.tolist() == index.tolist()
         if plan.merge:

@@ -18,7 +18,7 @@ from tokencomp.errors import (
     RatioWarning,
     SpanError,
 )
-from tokencomp.method import MethodSpec
+from tokencomp.method import Method
 from tokencomp.plan.counts import BudgetShare
 from tokencomp.tokens.tokens import VisualSpan
 
@@ -56,12 +56,12 @@ def test_a_part_never_keeps_more_than_its_bound(fraction: float) -> None:
 @pytest.mark.parametrize("ratio", [0.4, 0.6, 0.75, 0.9])
 def test_the_ratio_of_the_decoder_stays(reducer: str, ratio: float) -> None:
     """Whatever leaves in the tower, the decoder sees as many tokens on average as without."""
-    spec = MethodSpec(reducer, ratio)
+    spec = Method(reducer, ratio)
     plain = spec.stages(28, 1)
     for tower_ratio in (0.1, 0.4, ratio - 0.05, ratio):
         if tower_ratio > ratio:
             continue
-        plan = MethodSpec(reducer, ratio, tower_ratio=tower_ratio).stages(28, 1)
+        plan = Method(reducer, ratio, tower_ratio=tower_ratio).stages(28, 1)
         assert plan.tower is not None
         assert plan.tower.fraction == pytest.approx(1 - tower_ratio)
         assert plan.ratio(28) == pytest.approx(plain.ratio(28))
@@ -73,7 +73,7 @@ def test_the_ratio_of_the_decoder_stays(reducer: str, ratio: float) -> None:
 @pytest.mark.parametrize("reducer", ["condiv", "fastv", "pyramiddrop", "aim", "bipartite+prune"])
 def test_the_budget_of_the_decoder_stays(reducer: str) -> None:
     """On average over its layers an item has 512 tokens, of at most 819 that leave the tower."""
-    plan = MethodSpec(reducer, budget=512, tower_ratio="auto").stages(28, 1)
+    plan = Method(reducer, budget=512, tower_ratio="auto").stages(28, 1)
     for size in (300, 600, 1000, 4000):
         profile = plan.fractions(28, "image", BudgetShare(size, (size,), 0))
         assert sum(profile) / 28 == pytest.approx(min(1, 512 / size))
@@ -83,7 +83,7 @@ def test_the_budget_of_the_decoder_stays(reducer: str) -> None:
 
 def test_auto_keeps_more_than_the_decoder_will_see() -> None:
     for ratio, expected in ((0.75, 0.6), (0.9, 0.84), (0.5, 0.2), (0.3, 0.0)):
-        assert MethodSpec(ratio=ratio, tower_ratio="auto").dropped_cells == pytest.approx(expected)
+        assert Method(ratio=ratio, tower_ratio="auto").dropped_cells == pytest.approx(expected)
 
 
 def test_json() -> None:
@@ -93,7 +93,7 @@ def test_json() -> None:
     assert plan.tower == TowerStage(0, 0.4, make_reducer("kcenter", pool=2))
     assert plan.stages == (Stage(0, 0.25, make_reducer("bipartite")),)
     assert plan_from_json(plan_to_json(plan)) == plan
-    plan = MethodSpec("kcenter", budget=512, tower_ratio="auto").stages(28, 1)
+    plan = Method("kcenter", budget=512, tower_ratio="auto").stages(28, 1)
     sizes = [
         {k: v for k, v in s.items() if k in ("tower", "layer", "budget")}
         for s in plan_to_json(plan)

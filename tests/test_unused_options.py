@@ -12,7 +12,7 @@ from support.family.audio import Qwen2Audio
 import tokencomp
 from tokencomp import Plan, Stage, TowerStage, make_reducer, plan_from_json
 from tokencomp.errors import OptionError, PlanError, RatioError
-from tokencomp.method import MethodSpec
+from tokencomp.method import Method
 from tokencomp.serving.spec import ServerOptions
 
 RANDOM = make_reducer("random")
@@ -90,7 +90,7 @@ def test_reducers_of_the_tower_without_a_stage_there() -> None:
     handle = tokencomp.patch(model, 0.75, tower_ratio="auto", tower_reducer="random")
     handle.set(ratio=0.0).set(ratio=0.75)
     assert handle.plan.tower == TowerStage(
-        0, 1 - MethodSpec(ratio=0.75, tower_ratio="auto").dropped_cells, RANDOM
+        0, 1 - Method(ratio=0.75, tower_ratio="auto").dropped_cells, RANDOM
     )
     handle.set(tower_ratio=0.6).set(ratio=0.0)
     assert not handle.plan.active  # 0 turns every stage off, until there is a ratio again
@@ -133,4 +133,4 @@ def test_kinds_of_media_that_the_model_does_not_take() -> None:
     with pytest.raises(RatioError, match="names no modality"):
         handle.set(ratio={})
     with pytest.raises(RatioError, match="names no modality"):
-        MethodSpec("uniform", {})  # type: ignore[arg-type]
+        Method("uniform", {})  # type: ignore[arg-type]

@@ -47,7 +47,7 @@ class UnknownOptionError(OptionError):
     """An option that the named reducer does not have."""
 
 
-class UnknownNameError(TokenCompError, LookupError):
+class UnknownNameError(OptionError, LookupError):
     """A reducer, model, task or schedule name that is not registered."""
 
 

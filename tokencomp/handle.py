@@ -16,7 +16,7 @@ from tokencomp.engine.stats import Stats
 from tokencomp.engine.tower.signals import check_signals
 from tokencomp.engine.weights import merging_where_possible
 from tokencomp.errors import OptionError
-from tokencomp.method import MethodSpec
+from tokencomp.method import Method
 from tokencomp.plan.options import Merging, in_words
 from tokencomp.plan.plan import Plan, Stage
 from tokencomp.reducers.base import Reducer, label
@@ -33,8 +33,8 @@ def handle_of(model: nn.Module) -> Handle | None:
     return handle
 
 
-def make_plan(spec: MethodSpec, adapter: Adapter) -> Plan:
-    """The stages of a spec in one decoder, with reducers that have loaded their weights."""
+def make_plan(spec: Method, adapter: Adapter) -> Plan:
+    """The stages of a method in one decoder, with reducers that have loaded their weights."""
     num_layers = len(adapter.layers)
     plan = spec.stages(num_layers, adapter.first_layer_stage)
     plan.check(num_layers, adapter.first_layer_stage)
@@ -53,7 +53,7 @@ class Handle:
     def __init__(
         self,
         hooks: Hooks,
-        spec: MethodSpec,
+        spec: Method,
         context: VisualContext | None = None,
         earlier: Handle | None = None,
     ) -> None:
@@ -147,17 +147,23 @@ class Handle:
         """Change ratios, reducers or options in place; omitted arguments keep their values.
 
         `options` are further options of the stages, and those of the reducer, as in `patch`. A
-        ratio replaces a budget, and vice versa. A new reducer starts from its default options. A
-        plan replaces everything; after a plan, a new ratio needs a reducer too.
+        ratio replaces a budget, and vice versa. Another reducer starts from its default options,
+        and `merge` from False if it merges by itself or the value was "auto". An earlier tower
+        ratio is at most a new ratio, and off next to a budget. A plan replaces everything; after a
+        plan, a new ratio needs a reducer too.
         """
-        given: dict[str, Any] = {
+        changes = {
             "ratio": ratio, "budget": budget, "reducer": reducer,
             "tower_ratio": tower_ratio, "tower_reducer": tower_reducer,
             "plan": None if plan is None else as_plan(plan),
+            "options": {**options, "merge": merge},
         }  # fmt: skip
+        return self.change(self._spec.override(changes))
+
+    def change(self, spec: Method) -> Handle:
+        """Change to a ready method in place."""
         with self._lock:
             self._check_active()
-            spec = self._spec.changed({**options, "merge": merge}, **given)
             new_plan = make_plan(spec, self._hooks.adapter)
             self._spec = spec
             try:

@@ -1,6 +1,7 @@
-"""The method spec: a reducer with its options at a ratio, or an explicit plan.
+"""Methods: a reducer with its options at a ratio or budget, or a plan; and their changes.
 
 Python calls, the command line, evaluation, training and servers pass this one type around.
+`Method.override` is the only way in which a setting meets a default.
 """
 
 from __future__ import annotations
@@ -10,17 +11,25 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokencomp.errors import OptionError, PlanError, RatioError
 from tokencomp.plan.counts import Budget, check_ratio, ratio_text
-from tokencomp.plan.options import OPTIONS, StageOptions, check_exclusive, one_amount, split
+from tokencomp.plan.options import (
+    OPTIONS,
+    StageOptions,
+    check_exclusive,
+    check_option,
+    one_amount,
+    split,
+)
 from tokencomp.plan.plan import MEDIA, Plan, TowerStage
 from tokencomp.plan.schedules import after_tower, by_item, by_modality, not_before
-from tokencomp.reducers._repeats import DropsRepeats
-from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.registry import available_reducers, make_reducer, options_of
 from tokencomp.validation import check_effect
+
+if TYPE_CHECKING:  # tokencomp.mlx runs without torch, which reducers import
+    from tokencomp.reducers._repeats import DropsRepeats
+    from tokencomp.reducers.base import Reducer
 
 DEFAULT_REDUCER = "auto"  # kcenter on images and videos, uniform on audio
 DEFAULT_SERVED_REDUCER = "kcenter"  # ignores the question, so media caches serve every question
@@ -28,28 +37,20 @@ DEFAULT_TOWER_REDUCER = "kcenter"
 # tower_ratio="auto" keeps this many times the cells that the decoder will see, so that the reducer
 # of the decoder, which may read the question, has a choice.
 TOWER_SLACK = 1.6
-Engine = Literal["hf", "server"]
-
-
-def resolve_auto(reducer: str | Reducer, engine: Engine = "hf") -> str | Reducer:
-    """The reducer that "auto" means under an engine; other values are unchanged.
-
-    "server" can reuse the media of one request for another question, and takes no sounds.
-    """
-    if not isinstance(reducer, str) or reducer != "auto":
-        return reducer
-    return DEFAULT_REDUCER if engine == "hf" else DEFAULT_SERVED_REDUCER
+TOWER = ("tower_ratio", "tower_reducer")
 
 
 def usual_ratio(reducer: str | Reducer) -> float:
     """The default ratio of `patch`: 0 if the pixels decide what is kept, else 0.5."""
+    from tokencomp.reducers.registry import available_reducers
+
     known = available_reducers().get(reducer) if isinstance(reducer, str) else type(reducer)
-    return 0.0 if known is not None and issubclass(known, DropsRepeats) else 0.5
+    return 0.0 if known is not None and known.traits.decides else 0.5
 
 
 @dataclass(frozen=True)
-class MethodSpec(StageOptions):
-    """A method at a ratio. Hashable, and equal to every spec with equal fields.
+class Method(StageOptions):
+    """A method at a ratio. Hashable, and equal to every method with equal fields.
 
     The fields are arguments of `tokencomp.patch`, which describes them, but for these:
 
@@ -62,8 +63,10 @@ class MethodSpec(StageOptions):
         A number; 0 is off. A mapping from modalities to ratios goes to `ratios`.
     ratios
         Ratios by modality, in place of `ratio`; modalities that are not named stay whole.
+    default
+        What "auto" means: a reducer that can reuse media for other questions on servers.
     inherited
-        Names of fields and options whose values come from an earlier setting (`changed`). They may
+        Names of fields and options whose values come from an earlier method (`override`). They may
         have no effect at this ratio; others without effect are refused.
 
     Raises
@@ -81,6 +84,7 @@ class MethodSpec(StageOptions):
     tower_reducer: str | Reducer = "auto"
     ratios: dict[str, float] = field(default_factory=dict)
     budget: int | Mapping[str, int] | None = None
+    default: str = DEFAULT_REDUCER
     inherited: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -120,7 +124,7 @@ class MethodSpec(StageOptions):
         """Refuse what the tower stage cannot do with any model."""
         dropped, budget = self.dropped_cells, self.built_budget
         given = self.tower_ratio or self.tower_reducer != "auto"
-        if given and isinstance(self.built_tower_reducer, DropsRepeats):
+        if given and self.built_tower_reducer.traits.decides:
             name = self.built_tower_reducer.name
             raise OptionError(
                 f"tower_reducer={name!r}: the pixels decide how much {name!r} drops, so it goes "
@@ -131,7 +135,8 @@ class MethodSpec(StageOptions):
                 f"tower_ratio={self.tower_ratio!r} together with reducer={self.repeats.name!r}, "
                 "which is the stage in the vision tower itself. Leave one out."
             )
-        if budget and self.tower_ratio and (self.tower_ratio != "auto" or budget.whole_prompt):
+        lapsed = "tower_ratio" in self.inherited and self.tower_ratio != "auto"
+        if budget and given and not lapsed and (self.tower_ratio != "auto" or budget.whole_prompt):
             raise OptionError(
                 f"tower_ratio={self.tower_ratio!r} together with {budget}: what the tower keeps of "
                 "an item must follow from that item and the budget alone. Use "
@@ -155,17 +160,20 @@ class MethodSpec(StageOptions):
         if self.tower_reducer != "auto" or self.tower_ratio:
             TowerStage(0, 1.0 - dropped, self.built_tower_reducer)
         check_effect(
-            "method spec", self, {n: why for n, why in unused.items() if n not in self.inherited}
+            "method", self, {n: why for n, why in unused.items() if n not in self.inherited}
         )
 
     @property
     def dropped_cells(self) -> float:
-        """The tower ratio as a number, "auto" resolved; 0 at ratio 0 and with a budget."""
+        """The tower ratio as a number, "auto" resolved; 0 at ratio 0 and with a budget.
+
+        An inherited one is at most the ratio.
+        """
         if self.off:
             return 0.0
         if self.tower_ratio == "auto":
             return max(0.0, 1.0 - TOWER_SLACK * (1.0 - self.ratio))
-        return self.tower_ratio
+        return min(self.tower_ratio, self.ratio if "tower_ratio" in self.inherited else 1.0)
 
     @property
     def tower_stage(self) -> TowerStage | None:
@@ -182,11 +190,14 @@ class MethodSpec(StageOptions):
         """The reducer, if the pixels decide what it keeps in the vision tower."""
         if self.plan is not None or not self.names_reducer:
             return None
-        return self.built_reducer if isinstance(self.built_reducer, DropsRepeats) else None
+        reducer: Any = self.built_reducer
+        return reducer if reducer.traits.decides else None
 
     @cached_property
     def built_tower_reducer(self) -> Reducer:
         """The reducer of the tower stage, "auto" resolved."""
+        from tokencomp.reducers.registry import make_reducer
+
         name = DEFAULT_TOWER_REDUCER if self.tower_reducer == "auto" else self.tower_reducer
         return make_reducer(name)
 
@@ -207,15 +218,24 @@ class MethodSpec(StageOptions):
 
     @cached_property
     def built_reducer(self) -> Reducer:
-        """The reducer object with its options, "auto" resolved for a patched model."""
-        return make_reducer(resolve_auto(self.reducer), **self.options)
+        """The reducer object with its options, "auto" resolved."""
+        from tokencomp.reducers.registry import make_reducer
+
+        reducer = make_reducer(
+            self.default if self.reducer == "auto" else self.reducer, **self.options
+        )
+        if reducer.traits.decides and getattr(reducer, "then", "") == "auto":
+            return dataclasses.replace(reducer, then=self.default)  # type: ignore[call-arg]
+        return reducer
 
     @property
     def off(self) -> bool:
         """Whether the ratio is 0 for all media, and no pixels decide what stays."""
         if self.repeats is not None:
             return False
-        if self.budget is not None or (self.plan is not None and self.plan.has_budget):
+        if self.plan is not None:
+            return not self.plan.active
+        if self.budget is not None:
             return False
         return not any((self.ratio, *self.ratios.values()))
 
@@ -286,10 +306,31 @@ class MethodSpec(StageOptions):
         plan = not_before(reducer.plan(self.ratio, num_layers), first, num_layers)
         return plan if tower is None else after_tower(plan, tower, num_layers)
 
-    def changed(self, options: dict[str, Any], **arguments: Any) -> MethodSpec:
-        """The spec after `Handle.set` with these arguments; None and {} change nothing."""
-        stage, options = split(options)
-        given = {n: value for n, value in {**arguments, **stage}.items() if value is not None}
+    def override(self, changes: Mapping[str, Any]) -> Method:
+        """This method with changes: of `Handle.set`, a request, low detail, or a ratio by load.
+
+        Parameters
+        ----------
+        changes
+            By field; options of the stages by name, also among `options`. None changes nothing.
+
+        Returns
+        -------
+        Method
+            A ratio, budget and plan replace one another. A plan replaces the reducer and the tower
+            stage as well. Another reducer starts from its default options. What is not named keeps
+            its value, but has no effect where it does not fit: an option of the stages that the
+            new reducer does not allow, or that is usual for the default reducer; and a tower ratio
+            above a new ratio or next to a budget, until there is a ratio that it fits again.
+
+        Raises
+        ------
+        RatioError, UnknownNameError, OptionError, PlanError
+            As `Method`; a ratio or option for the stages of a plan.
+        """
+        stage, options = split(changes.get("options") or {})
+        given = {n: v for n, v in {**changes, **stage}.items() if v is not None}
+        given.pop("options", None)
         ratio, budget, plan = (given.pop(name, None) for name in ("ratio", "budget", "plan"))
         asked = one_amount(ratio, budget, plan)
         planned = plan is None and self.plan is not None and "reducer" not in given
@@ -298,22 +339,49 @@ class MethodSpec(StageOptions):
                 "the current stages come from plan=..., so there is no reducer that could plan for "
                 "another ratio or option. Give set(reducer=...) too, or a new plan."
             )
-        tower = {"tower_ratio": self.tower_ratio, "tower_reducer": self.tower_reducer}
-        inherited = {*tower, *OPTIONS, "then"} - given.keys() - options.keys()
-        given["inherited"] = frozenset(inherited)
+        inherited = frozenset({*TOWER, *OPTIONS, "then"} - given.keys() - options.keys())
         if plan is not None:
-            return MethodSpec(ratio=self.ratio, options=options, plan=plan, **given)
-        amount = {"ratio": 0.0, "budget": None, **(asked or self.requested)}
-        given = {**amount, **self.given_options, **tower, **given}
-        if "reducer" in given:
-            return MethodSpec(options=options, **given)
-        given |= {"ratios": {}, "options": {**self.options, **options}}
-        return dataclasses.replace(self, **given)
+            blank = {**dict.fromkeys(OPTIONS), "tower_ratio": 0.0, "tower_reducer": "auto"}
+            values = {**blank, "reducer": "auto", "ratios": {}, "budget": None, **given}
+            return self._with({**values, "plan": plan, "options": options}, inherited)
+        values = {"plan": None, **given}
+        if asked:
+            values |= {"ratio": 0.0, "ratios": {}, "budget": None, **asked}
+        other = given.get("reducer", self.reducer) != self.reducer
+        values["options"] = options if other else {**self.options, **options}
+        if other:
+            values |= self._lapsed(given["reducer"], options, inherited)
+        return self._with(values, inherited)
+
+    def _with(self, values: dict[str, Any], inherited: frozenset[str]) -> Method:
+        return dataclasses.replace(self, **values, inherited=inherited)
+
+    def _lapsed(
+        self, reducer: str | Reducer, options: dict[str, Any], inherited: frozenset[str]
+    ) -> dict[str, Any]:
+        """Inherited options of the stages that are not for another reducer, as None."""
+        from tokencomp.reducers.registry import make_reducer
+
+        known = make_reducer(self.default if reducer == "auto" else reducer, **options)
+        lapsed: dict[str, Any] = {}
+        for name in OPTIONS.keys() & inherited:
+            value, usual = getattr(self, name), OPTIONS[name].meaning("auto")
+            try:
+                fits = value is None or (value == OPTIONS[name].off or value != usual)
+                if fits and value is not None:
+                    check_option(name, value, known)
+            except OptionError:
+                fits = False
+            if not fits:
+                lapsed[name] = None
+        return lapsed
 
     def describe(self) -> dict[str, Any]:
-        """Plain form with every option of the reducer; the same for all inactive specs."""
+        """Plain form with every option of the reducer; the same for all inactive methods."""
         if not self.active:
             return {"ratio": 0.0}
+        from tokencomp.reducers.registry import options_of
+
         options = options_of(self.built_reducer)
         plain = {"reducer": self.built_reducer.name, **self.requested, "options": options}
         if tower := self.tower_stage:

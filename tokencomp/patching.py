@@ -26,7 +26,7 @@ from tokencomp.errors import (
     UnknownOptionError,
 )
 from tokencomp.handle import Handle, handle_of, make_plan
-from tokencomp.method import MethodSpec, usual_ratio
+from tokencomp.method import Method, usual_ratio
 from tokencomp.plan.options import Merging, one_amount
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.plan_json import PlanLike, as_plan
@@ -152,7 +152,7 @@ def patch(
     """
     asked = one_amount(ratio, budget, plan) or {"ratio": usual_ratio(reducer)}
     try:
-        spec = MethodSpec(
+        spec = Method(
             reducer,
             options={**options, "merge": merge},
             plan=None if plan is None else as_plan(plan),
@@ -167,7 +167,7 @@ def patch(
 
 
 @contextlib.contextmanager
-def _checked(model: nn.Module, spec: MethodSpec) -> Iterator[None]:
+def _checked(model: nn.Module, spec: Method) -> Iterator[None]:
     """Verify a tiny copy of a model, and take the model's type as verified in the block."""
     with unverified_accepted():
         result = verify_model(unwrap(model), lambda tiny, plan: patch(tiny, plan=plan))
@@ -183,13 +183,13 @@ def _checked(model: nn.Module, spec: MethodSpec) -> Iterator[None]:
 
 def apply(
     model: nn.Module,
-    spec: MethodSpec,
+    spec: Method,
     *,
     strict: bool = False,
     positions: Literal["original", "compact"] = "original",
     extend_context: bool | int = False,
 ) -> Handle:
-    """`patch` with a ready method spec, under which everything else is as described there."""
+    """`patch` with a ready method, under which everything else is as described there."""
     adapter = adapter_for(model)
     with CallGate.of(adapter.model).change():
         _check_free(adapter)
@@ -228,7 +228,7 @@ def _check_free(adapter: Adapter) -> None:
             )
 
 
-def check(model: nn.Module, spec: MethodSpec) -> None:
+def check(model: nn.Module, spec: Method) -> None:
     """Raise what `apply(model, spec)` would raise, without touching the model."""
     adapter = adapter_for(model)
     _check_free(adapter)

@@ -11,7 +11,7 @@ from support import oracle
 from support.families import CORE, FAMILIES, text
 
 import tokencomp
-from tokencomp import Plan, Stage, make_reducer, plan_from_json, plan_to_json
+from tokencomp import Plan, Stage, TowerStage, make_reducer, plan_from_json, plan_to_json
 from tokencomp.errors import OptionError, PlanError, RatioError
 from tokencomp.inputs.prompts import prompt_lengths
 
@@ -196,8 +196,11 @@ def test_one_amount_at_a_time() -> None:
     ):
         with pytest.raises(OptionError):
             tokencomp.patch(model, **wrong)
-    with tokencomp.patch(model, 0.5, tower_ratio=0.25) as handle, pytest.raises(OptionError):
-        handle.set(budget=8)
+    with tokencomp.patch(model, 0.5, tower_ratio=0.25) as handle:
+        with pytest.raises(OptionError):
+            handle.set(budget=8, tower_ratio=0.25)
+        assert handle.set(budget=8).plan.tower is None  # an earlier tower ratio waits for a ratio
+        assert handle.set(ratio=0.5).plan.tower == TowerStage(0, 0.75, make_reducer("kcenter"))
     for first in ({"layer": 0}, {"tower": 0}):
         stages = [{**first, "budget": 4}, {"layer": 2, "budget": 6}]
         with pytest.raises(PlanError, match="do not grow"):

@@ -297,8 +297,9 @@ def test_refused() -> None:
         Plan((Stage(0, 0.5, make_reducer("bipartite")), Stage(2, 0.2, UNIFORM, merge=True)))
     handle = tokencomp.patch(model, **MERGE)
     with pytest.raises(OptionError, match="merge=True: 'pool' merges tokens by itself"):
-        handle.set(reducer="pool")
+        handle.set(reducer="pool", merge=True)
     assert handle.plan.entry.reducer.name == "kcenter"
+    assert not handle.set(reducer="pool").plan.entry.merge  # nobody has asked for it there
 
 
 def test_a_reducer_that_merges_without_saying_so() -> None:

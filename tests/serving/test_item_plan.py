@@ -17,7 +17,7 @@ from tokencomp import Reducer
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.adapters.towers.base import Cells
 from tokencomp.errors import OptionError, PlanError, WeightsError
-from tokencomp.method import MethodSpec
+from tokencomp.method import Method
 from tokencomp.reducers.registry import available_reducers, make_reducer
 from tokencomp.serving import item_plan
 from tokencomp.serving.item_plan import ItemPlan, cache_key, config_facts, item_span
@@ -49,12 +49,12 @@ def spans_of(kind: str) -> list[VisualSpan]:
 
 @pytest.mark.parametrize("name", SERVABLE)
 def test_each_kind_of_media_has_its_ratio(name: str) -> None:
-    spec = MethodSpec(name, {"image": 0.9, "video": 0.4})
+    spec = Method(name, {"image": 0.9, "video": 0.4})
     for kind, ratio in (("image", 0.9), ("video", 0.4)):
-        alone = ItemPlan.make(spans_of(kind), MethodSpec(name, ratio))
+        alone = ItemPlan.make(spans_of(kind), Method(name, ratio))
         assert ItemPlan.make(spans_of(kind), spec) == alone
         assert alone.modality == kind
-    whole = ItemPlan.make(spans_of("image"), MethodSpec(name, {"video": 0.4}))
+    whole = ItemPlan.make(spans_of("image"), Method(name, {"video": 0.4}))
     assert whole.keep == tuple(len(special_by_loops(*span)) for span in SPANS)
     x = torch.randn(whole.full, 16)
     assert torch.equal(reduce_item(whole, x)[0], x)
@@ -81,7 +81,7 @@ def test_both_backends_count_and_reduce_alike(name: str, ratio: float) -> None:
     reducer = make_reducer(name).bind(ModelFacts(mrope=False))
     stages = reducer.plan(ratio, 4).stages
     assert [s.layer for s in stages] == [0]
-    plan = ItemPlan.make(spans_of("video"), MethodSpec(reducer, ratio))
+    plan = ItemPlan.make(spans_of("video"), Method(reducer, ratio))
     x = torch.randn(plan.full, 16, generator=torch.Generator().manual_seed(1))
     rows, index = reduce_item(plan, x)
     start = at = 0
@@ -105,7 +105,7 @@ def test_both_backends_count_and_reduce_alike(name: str, ratio: float) -> None:
 def test_spans_and_budgets_are_those_of_the_patched_model(budget: int) -> None:
     """The tiles of an image share its budget."""
     family = families.FAMILIES["llava_onevision"]
-    model, spec = family.build(), MethodSpec("uniform", budget=budget)
+    model, spec = family.build(), Method("uniform", budget=budget)
     with tokencomp.patch(model, reducer="uniform", budget=budget) as handle:
         model(**family.batch([[family.image(1), [5], family.video(4)]]))
         counts = [left for (left,) in handle.stats.counts[0]]
@@ -119,7 +119,7 @@ def test_spans_and_budgets_are_those_of_the_patched_model(budget: int) -> None:
 
 
 def test_plans_travel_unchanged() -> None:
-    plan = ItemPlan.make(spans_of("image"), MethodSpec(make_reducer("random", seed=3), 0.4))
+    plan = ItemPlan.make(spans_of("image"), Method(make_reducer("random", seed=3), 0.4))
     data = plan.to_tensor()
     assert data.dtype == torch.uint8 and ItemPlan.from_tensor(data) == plan
     with pytest.raises(RuntimeError, match="planned"):
@@ -137,7 +137,7 @@ def test_plans_travel_unchanged() -> None:
 def test_behind_a_tower_stage_the_entry_sees_what_the_tower_left(name: str, amount: Any) -> None:
     """Rows that the tower dropped are NaN; counts and rows are those of the stages' reducers."""
     grid, cells = (2, 5, 6), 24 if "budget" in amount else 30
-    spec = MethodSpec(name, **amount, tower_reducer="random")
+    spec = Method(name, **amount, tower_reducer="random")
     plan = ItemPlan.make([item_span("video", grid)], spec, 6)
     assert ItemPlan.from_tensor(plan.to_tensor()) == plan
     assert (plan.entering, plan.kept) == (cells, 15)
@@ -156,7 +156,7 @@ def test_behind_a_tower_stage_the_entry_sees_what_the_tower_left(name: str, amou
 
 
 def test_a_tower_stage_that_leaves_what_the_ratio_asks_for_is_the_only_one() -> None:
-    spec = MethodSpec("uniform", 0.5, tower_ratio=0.5)
+    spec = Method("uniform", 0.5, tower_ratio=0.5)
     plan = ItemPlan.make([item_span("image", (1, 4, 5))], spec)
     assert plan.entering == plan.kept == 10
     present = torch.arange(0, 20, 2)
@@ -211,9 +211,9 @@ def test_weights_that_are_trained_again_have_other_keys_and_choose_anew(tmp_path
 
 def test_releases_have_keys_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Roles with different releases of tokencomp do not find each other's work."""
-    spec = MethodSpec("kcenter", 0.5)
+    spec = Method("kcenter", 0.5)
     key = cache_key(spec)
-    assert key == cache_key(MethodSpec("kcenter", 0.5))
+    assert key == cache_key(Method("kcenter", 0.5))
     monkeypatch.setattr(item_plan, "__version__", "another")
     assert key != cache_key(spec)
 
@@ -222,7 +222,7 @@ def test_releases_have_keys_of_their_own(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_pooled_tokens_have_the_positions_of_the_patched_model(extent: int, position: str) -> None:
     """Between line breaks, the place of a pooled token decides the order of the rows."""
     grid, mask = (1, 6, 5), torch.tensor(special_by_loops((1, 6, 5), "rows"))
-    spec = MethodSpec(make_reducer("pool"), 0.5)
+    spec = Method(make_reducer("pool"), 0.5)
     plan = ItemPlan.make([span_of("image", grid, "rows")], spec, extent)
     x = torch.randn(len(mask), 8)
     rows, kept = reduce_item(plan, x)

@@ -32,7 +32,7 @@ from support.serving.selectors import selector
 from support.serving.sglang_stand_ins import embedded, processed
 
 from tokencomp.errors import OptionError, UnsupportedModelError
-from tokencomp.method import MethodSpec
+from tokencomp.method import Method
 from tokencomp.serving import sglang as plugin
 from tokencomp.serving.item_plan import config_facts
 from tokencomp.serving.sglang.embedding import Compressing, CorrectingPositions
@@ -83,7 +83,7 @@ def test_equals_the_patched_model(
     job = cases.job(name, media, **{"ratio": 0.75, **amount}, **more)
     with hf_reference.with_true_positions(folder, job):
         want = hf_reference.answer(folder, job)
-    spec, facts = MethodSpec(reducer, **amount, options=options), config_facts(model.config, "")
+    spec, facts = Method(reducer, **amount, options=options), config_facts(model.config, "")
     output = compress(processed(folder, job), spec, 2, facts)
     n = len(output.input_ids)
     assert n == want["prompt"] and output.mrope_positions.shape == (3, n)
@@ -117,12 +117,12 @@ def test_hashes_keep_ratios_apart_and_ratio_zero_is_stock(tiny_folder: Any) -> N
     folder = tiny_folder("qwen2_vl")
     job = cases.job("qwen2_vl", [cases.IMAGE, cases.OTHER], 0.5)
     stock = processed(folder, job)
-    same = compress(processed(folder, job), MethodSpec("divprune", 0.0), 2)
+    same = compress(processed(folder, job), Method("divprune", 0.0), 2)
     assert same.input_ids == stock.input_ids
     assert [i.hash for i in same.mm_items] == [i.hash for i in stock.mm_items]
     seen = [item.hash for item in stock.mm_items]
     for spec in (("divprune", 0.5), ("divprune", 0.75), ("uniform", 0.5)):
-        output, again = (compress(processed(folder, job), MethodSpec(*spec), 2) for _ in "ab")
+        output, again = (compress(processed(folder, job), Method(*spec), 2) for _ in "ab")
         assert [i.hash for i in output.mm_items] == [i.hash for i in again.mm_items]
         seen += [item.hash for item in output.mm_items]
         for item in output.mm_items:  # what the radix cache compares
@@ -143,7 +143,7 @@ def test_hashes_know_what_the_trained_weights_are(tiny_folder: Any, tmp_path: Pa
     hashes: list[str] = []
     for sign in (1, 1, -1):
         options = selector(tmp_path, model_card(model), sign, time=len(hashes))
-        spec = MethodSpec("selector", 0.5, options=options)
+        spec = Method("selector", 0.5, options=options)
         hashes.append(compress(processed(folder, job), spec, 2, facts).mm_items[0].hash)
     assert hashes[0] == hashes[1] != hashes[2]
 
@@ -155,7 +155,7 @@ def test_items_that_lose_nothing_and_shared_ones_are_stock(tiny_folder: Any) -> 
     stock = processed(tiny_folder("qwen2_vl"), job)
     before = [(i.hash, list(i.offsets), set(i.model_specific_data)) for i in stock.mm_items]
     items = list(stock.mm_items)
-    first, last = compress(stock, MethodSpec("uniform", 0.02), 2).mm_items
+    first, last = compress(stock, Method("uniform", 0.02), 2).mm_items
     assert [(i.hash, list(i.offsets), set(i.model_specific_data)) for i in items] == before
     assert last.hash == before[1][0] and PLAN not in last.model_specific_data
     removed = before[1][1][0][0] - last.offsets[0][0]
@@ -187,7 +187,7 @@ def test_uncompressed_items_and_levels_of_the_model(tiny_folder: Any) -> None:
         ),
     )  # fmt: skip
     (stock,) = output.mm_items
-    (item,) = compress(output, MethodSpec("uniform", 0.5), 2).mm_items
+    (item,) = compress(output, Method("uniform", 0.5), 2).mm_items
     whole, reduced = tower.get_image_feature([stock, item])
     index = torch.tensor([(2 * i + 1) * 24 // 24 for i in range(12)])
     assert torch.equal(whole[:, :48], rows) and not whole[:, 48:].any()
@@ -218,7 +218,7 @@ def test_what_cannot_be_compressed_is_refused(changes: Any, error: Any, tiny_fol
     for name, value in changes.items():
         setattr(output.mm_items[0], name, value)
     with pytest.raises(error):
-        compress(output, MethodSpec("divprune", 0.5), 2)
+        compress(output, Method("divprune", 0.5), 2)
 
 
 def test_other_models_and_settings_of_the_server_are_refused() -> None:

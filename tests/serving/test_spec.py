@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from support.serving.cases import SERVABLE
 
 from tokencomp import TowerStage
 from tokencomp.errors import OptionError, PlanError, RatioError
-from tokencomp.method import MethodSpec
+from tokencomp.method import Method
 from tokencomp.plan.counts import Budget
 from tokencomp.reducers.registry import available_reducers, make_reducer
+from tokencomp.serving.engines import table
 from tokencomp.serving.servable import serving_safe
 from tokencomp.serving.spec import ServerOptions
 
@@ -24,7 +26,7 @@ BUDGET, TOWER = {"budget": 64}, {"ratio": 0.75, "tower_ratio": 0.6}
 SELECTOR = {"reducer": "selector", "options": {"weights": "/etc/passwd"}}
 
 
-def resolved(server: Any, request: Any, engine: str = "vllm") -> MethodSpec:
+def resolved(server: Any, request: Any, engine: str = "vllm") -> Method:
     return ServerOptions.parse(server, engine).resolve(request, engine)
 
 
@@ -146,11 +148,17 @@ def test_options_that_make_a_reducer_servable_are_named() -> None:
         ServerOptions.parse({"reducer": "condiv", "ratio": 0.5})
     assert not serving_safe(make_reducer("scope"))
     spec = resolved({"reducer": "scope", "ratio": 0.5, "options": {"saliency": "none"}}, None)
-    assert spec.reducer == make_reducer("scope", saliency="none")
+    assert spec.built_reducer == make_reducer("scope", saliency="none")
 
 
 def test_options_are_plain_json_and_equal_ones_are_one_key() -> None:
     for name in SERVABLE:
-        described = MethodSpec(make_reducer(name), 0.5).describe()
+        described = Method(make_reducer(name), 0.5).describe()
         assert json.loads(json.dumps(described)) == described
     assert hash(resolved(SEEDED, HALF)) == hash(resolved(SEEDED, None))
+
+
+def test_the_page_has_the_table_of_engines() -> None:
+    rows = [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in table()]
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert "\n".join([rows[0], "|" + "---|" * len(table()[0]), *rows[1:]]) in page

@@ -20,7 +20,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tokencomp.errors import OptionError, UnsupportedModelError
-from tokencomp.method import MethodSpec
+from tokencomp.method import Method
 from tokencomp.serving import launch
 from tokencomp.serving.item_plan import ItemPlan, item_span
 from tokencomp.serving.item_rows import reduce_rows
@@ -228,7 +228,7 @@ def test_sizes_reach_the_buffer_of_the_step(offsets: bool) -> None:
     buffer = model._row_sizes = torch.full((9,), 5.0)
     torch.manual_seed(0)
     span = item_span("image", (1, 3, 4))
-    spec = MethodSpec("uniform", 0.75, merge=True)
+    spec = Method("uniform", 0.75, merge=True)
     plan = ItemPlan.from_tensor(ItemPlan.make([span], spec).to_tensor())
     rows, index = reduce_rows(plan, torch.rand(12, 4), 4, count_nonfinite)
     sizes = rows[:, 4:] @ torch.tensor([256.0, 1.0])

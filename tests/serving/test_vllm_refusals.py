@@ -21,7 +21,7 @@ from support.serving.cases import SERVABLE
 from vllm.config import CUDAGraphMode
 
 from tokencomp.errors import OptionError, RatioError, UnsupportedModelError
-from tokencomp.method import MethodSpec
+from tokencomp.method import Method
 from tokencomp.serving.item_plan import ItemPlan, ItemSize, field_name, item_span
 from tokencomp.serving.item_rows import batches, reduce_rows
 from tokencomp.serving.offsets import pack_offsets, split_text, unpack_offsets, with_text
@@ -223,7 +223,7 @@ def test_positions_beyond_the_tables_are_refused(media: Any, positions: int, tak
 
 def test_media_from_a_cache_are_counted_without_their_plan() -> None:
     """What is stored of an item has one size, however many frames it has."""
-    plan = ItemPlan.make([item_span("video", (1, 2, 2))] * 500, MethodSpec("uniform", 0.5))
+    plan = ItemPlan.make([item_span("video", (1, 2, 2))] * 500, Method("uniform", 0.5))
     place = SimpleNamespace(get_num_embeds=lambda: plan.kept)
 
     def result(key: str, item: Any) -> dict[str, Any]:
@@ -263,9 +263,9 @@ def test_towers_that_cannot_be_shortened(settings: Any, kind: type) -> None:
     context = SimpleNamespace(model_config=SimpleNamespace(multimodal_config=multimodal))
     processor = object.__new__(kind)
     processor.info = SimpleNamespace(ctx=context)
-    processor._check_tower(MethodSpec("uniform", 0.5))
+    processor._check_tower(Method("uniform", 0.5))
     with pytest.raises(OptionError):
-        processor._check_tower(MethodSpec("uniform", 0.5, tower_ratio=0.4))
+        processor._check_tower(Method("uniform", 0.5, tower_ratio=0.4))
 
 
 def test_an_encoder_gets_pictures_one_by_one() -> None:
@@ -274,9 +274,9 @@ def test_an_encoder_gets_pictures_one_by_one() -> None:
     processor = object.__new__(CompressingProcessor)
     processor.info = SimpleNamespace(ctx=context)
     for name in ("kcenter", "pixelprune"):
-        processor._check_tower(MethodSpec(name, 0.5, tower_ratio=0.4 if name == "kcenter" else 0.0))
+        processor._check_tower(Method(name, 0.5, tower_ratio=0.4 if name == "kcenter" else 0.0))
     with pytest.raises(OptionError, match="one by one"):
-        processor._check_tower(MethodSpec("delta"))
+        processor._check_tower(Method("delta"))
 
 
 def test_keys_of_media_are_those_of_their_plan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +324,7 @@ def test_features_that_overflowed_do_not_end_the_engine(where: str, value: float
     """An item keeps evenly spaced tokens, as many as planned, and all values become finite."""
     before = counters()["nonfinite"]._value.get()
     for name in SERVABLE:
-        plan = ItemPlan.make([item_span("video", (3, 4, 5))], MethodSpec(name, 0.75), extent=5)
+        plan = ItemPlan.make([item_span("video", (3, 4, 5))], Method(name, 0.75), extent=5)
         x = torch.randn(60, 9)
         x[:, :6][OVERFLOWS[where]] = value
         rows, index = reduce_rows(plan, x, 6, count_nonfinite)

@@ -18,7 +18,7 @@ from torch import nn
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.v1.worker.gpu.mm.encoder_runner import EncoderRunner
 
-from tokencomp.method import MethodSpec
+from tokencomp.method import Method
 from tokencomp.serving.item_plan import ItemPlan, field_name, item_span
 from tokencomp.serving.item_rows import reduce_item
 from tokencomp.serving.vllm import entry, register
@@ -122,7 +122,7 @@ class Prompt:
         rows, columns = torch.randn(t * h * w, model.row_width).bfloat16(), list(range(len(ids)))
         if ratio:
             frames = [item_span(kind, (1, h, w))] * t if self.spans else [item_span(kind, grid)]
-            plan = ItemPlan.make(frames, MethodSpec("random", ratio), extent=1)
+            plan = ItemPlan.make(frames, Method("random", ratio), extent=1)
             data[field_name(kind)] = plan.to_tensor()
             rows, index = reduce_item(plan, rows)
             patches = [i for i, x in enumerate(ids) if x == pad]

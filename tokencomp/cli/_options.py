@@ -108,7 +108,7 @@ class StageFlags(StageOptions):
     def stages(self) -> dict[str, Any]:
         """As options of a setting; empty for the defaults."""
         ratio: Any = self.tower_ratio
-        with contextlib.suppress(ValueError):  # `MethodSpec` checks it
+        with contextlib.suppress(ValueError):  # `Method` checks it
             ratio = float(ratio)
         amount = {} if ratio == 0.0 else {"tower_ratio": ratio}
         reducer = {} if self.tower_reducer == "auto" else {"tower_reducer": self.tower_reducer}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -138,27 +138,29 @@ def command(
     from tokencomp.errors import OptionError
     from tokencomp.inputs.frames import Even, Stream, frame_policy
     from tokencomp.inputs.packaged import resolve
+    from tokencomp.plan.options import OPTIONS
     from tokencomp.serving.bind import Bind
 
     if budget is not None:
         opt.refuse_options(context, ("ratio",), "--budget", "leave one out")
     name, own = parse.one_method(reducer, "serve")
     if engine == "mlx":  # which needs no torch, and the imports below do
+        from tokencomp.mlx.method import MlxMethod
         from tokencomp.mlx.serve import run
 
         taken = {
-            "model", "ratio", "budget", "reducer", "merge", "engine", "host", "port", "api_key",
+            "model", "ratio", "budget", "reducer", *OPTIONS, "engine", "host", "port", "api_key",
         }  # fmt: skip
         others = [str(p.name) for p in context.command.params if p.name not in taken]
         opt.refuse_options(context, others, "--engine mlx", MLX_HINT)
-        if own:
-            raise OptionError(f"--reducer {reducer!r}: --engine mlx takes no options of reducers.")
         if api_key:
             os.environ["MLX_VLM_SERVER_API_KEY"] = api_key
         Bind(host, port, api_key).warn_if_open()
-        number = None if budget is not None else parse.one_ratio(ratio or "0.5", "serve")
-        model = resolve(source.model)
-        run(model, number, budget, name, method.merge, host, port, context.args)
+        size: dict[str, Any] = (
+            {"ratio": parse.one_ratio(ratio or "0.5", "serve")} if budget is None else {}
+        )
+        chosen = MlxMethod(name, options=own, budget=budget, **method.given_options, **size)
+        run(resolve(source.model), chosen, host, port, context.args)
         return
     from tokencomp.method import usual_ratio
     from tokencomp.serving.launch import run_hf, run_vllm

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import OptionError
-from tokencomp.method import MethodSpec, usual_ratio
+from tokencomp.method import TOWER, Method, usual_ratio
 from tokencomp.plan.options import OPTIONS, in_words
 from tokencomp.plan.plan import Plan
 from tokencomp.reducers.base import Reducer
@@ -20,7 +20,6 @@ PLAN = "plan"
 RANDOM = "random"
 UNIFORM = "uniform"
 MERGE = "merge"
-TOWER = ("tower_ratio", "tower_reducer")
 BUDGET = "budget"
 DOWNSCALE = "downscale"
 FEWER_FRAMES = "fewer_frames"
@@ -33,13 +32,13 @@ INPUT_BASELINES = {
 
 
 @dataclass(frozen=True)
-class Setting(MethodSpec):
-    """A method spec with a row name, which may also be the full model or an input baseline.
+class Setting(Method):
+    """A method with a row name, which may also be the full model or an input baseline.
 
     Attributes
     ----------
     reducer
-        As in `MethodSpec`, or "full" (no compression), "plan" (explicit stages), or an input
+        As in `Method`, or "full" (no compression), "plan" (explicit stages), or an input
         baseline: "downscale", "fewer_frames".
     ratio
         In [0, 1); every method at 0 is the full model.
@@ -65,8 +64,8 @@ class Setting(MethodSpec):
                 f"ratio={self.ratio}, budget={self.budget}, options={self.options}."
             )
         options = dict(self.options)
-        for field in (BUDGET, *TOWER, *OPTIONS):
-            self._assign(**{field: options.pop(field, getattr(self, field))})
+        for name in (BUDGET, *TOWER, *OPTIONS):
+            self._assign(**{name: options.pop(name, getattr(self, name))})
         self._assign(options=options)
         if self.reducer == PLAN or self.plan is not None:
             plan = self.plan if self.plan is not None else plan_from_json(options.pop("plan", None))
@@ -165,7 +164,7 @@ class Setting(MethodSpec):
             return self.name
         return label_of(self.name, self.shown_ratio, self.written_options)
 
-    __hash__ = MethodSpec.__hash__
+    __hash__ = Method.__hash__
 
 
 def label_of(name: str, shown_ratio: str, options: Mapping[str, Any]) -> str:

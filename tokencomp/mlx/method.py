@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from tokencomp.errors import MissingDependencyError, OptionError
+from tokencomp.method import DEFAULT_SERVED_REDUCER, Method
 from tokencomp.mlx.selection import SELECT, merged
 from tokencomp.mlx.spans import Span
-from tokencomp.plan.counts import Budget, BudgetShare, check_ratio
-from tokencomp.plan.options import OPTIONS, StageOptions, one_amount
+from tokencomp.plan.counts import BudgetShare
 from tokencomp.plan.plan import keep_count
+from tokencomp.serving.engines import ENGINES
 
 
 class KeptRows(NamedTuple):
@@ -39,84 +39,63 @@ class KeptRows(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ChosenMethod(StageOptions):
-    """A ratio, a reducer by name and its options; or a budget in tokens in place of the ratio.
-
-    A `merge` of None becomes what it means for the reducer.
+class MlxMethod(Method):
+    """A method of one stage, before the first layer. Reducers of `SELECT` need no torch.
 
     Raises
     ------
     RatioError, OptionError, UnknownNameError
-        A ratio outside [0, 1), or a budget that is no number of tokens, or both; a reducer that
-        does not exist or that reads more than features, or an option that it does not have.
+        As `Method`; a reducer that reads more than features; what `ENGINES` refuses.
     MissingDependencyError
-        A reducer that needs torch, which is not installed.
+        A reducer or an option of the stages that needs torch, which is not installed.
     """
 
-    ratio: float | None = None
-    reducer: str = "auto"
-    options: dict[str, Any] = field(default_factory=dict)
-    budget: int | None = None
+    default: str = DEFAULT_SERVED_REDUCER
 
     def __post_init__(self) -> None:
-        asked = one_amount(self.ratio, self.budget) or {"ratio": 0.5}
-        if self.budget is None:
-            object.__setattr__(self, "ratio", check_ratio(asked["ratio"]))
-        elif Budget.of(self.budget).whole_prompt:
-            raise OptionError(
-                f"budget={self.budget!r}: tokencomp.mlx has budgets of single images and videos. "
-                "Give a number."
-            )
-        if self.merge is None:
-            object.__setattr__(self, "merge", OPTIONS["merge"].meaning(self.reducer))
-        # Refuses what cannot run, before any prompt.
-        self.check_options(self.torch_reducer)
-
-    @property
-    def off(self) -> bool:
-        return self.budget is None and not self.ratio
-
-    @property
-    def amount(self) -> str:
-        """Ratio or budget in words."""
-        return f"ratio {self.ratio}" if self.budget is None else f"budget {self.budget}"
-
-    def left(self, share: BudgetShare) -> float:
-        """Fraction of a span that is kept."""
-        if self.budget is None:
-            return 1 - (self.ratio or 0.0)
-        budget = Budget.of(self.budget)
-        return budget.of_part(budget.left(share), share)
-
-    @property
-    def name(self) -> str:
-        return "kcenter" if self.reducer == "auto" else self.reducer
-
-    @functools.cached_property
-    def torch_reducer(self) -> Any:
-        """The reducer of `tokencomp.reducers`; None: those of `SELECT` and `merged` do all."""
-        if self.name in SELECT and self.stage_options.keys() <= {"merge"}:
+        try:
+            super().__post_init__()
+            ENGINES["mlx"].fit(self)
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError(
+                f"reducer {self.reducer!r} needs {error.name}, which is not installed. Without it "
+                f"MLX has {', '.join(SELECT)}."
+            ) from None
+        self._assign(**self.options_in_force)
+        if self.torch_reducer is None:
             allowed = list(inspect.signature(SELECT[self.name]).parameters)[3:]
             if wrong := sorted(set(self.options) - set(allowed)):
                 raise OptionError(
                     f"reducer {self.name!r} has no option {wrong[0]!r} on MLX. "
                     f"Allowed: {', '.join(allowed) or 'none'}."
                 )
-            return None
-        try:
-            from tokencomp.reducers.registry import make_reducer
-            from tokencomp.serving.servable import check_servable
-        except ModuleNotFoundError as error:
-            raise MissingDependencyError(
-                f"reducer {self.reducer!r} needs {error.name}, which is not installed. Without it "
-                f"MLX has {', '.join(SELECT)}."
-            ) from None
-        return check_servable(make_reducer(self.name, **self.options))
+
+    @property
+    def name(self) -> str:
+        """The name of the reducer, "auto" resolved."""
+        reducer = self.default if self.reducer == "auto" else self.reducer
+        return reducer if isinstance(reducer, str) else reducer.name
+
+    @property
+    def names_reducer(self) -> bool:
+        """Whether the reducer is one of `tokencomp.reducers`; else `SELECT` and `merged` do all."""
+        return self.name not in SELECT or not self.stage_options.keys() <= {"merge"}
+
+    @property
+    def torch_reducer(self) -> Any:
+        return self.built_reducer if self.names_reducer else None
+
+    def left(self, share: BudgetShare) -> float:
+        """Fraction of a span that is kept."""
+        budget = self.built_budget
+        if budget is None:
+            return 1 - self.ratio
+        return budget.of_part(budget.left(share), share)
 
     @property
     def salt(self) -> int:
         """A number that differs between methods, for cache keys."""
-        values = [self.ratio, self.budget, self.name, self.options, self.merge]
+        values = [self.ratio, self.budget, self.name, self.options, self.stage_options]
         text = json.dumps(values, sort_keys=True)
         return zlib.crc32(text.encode())
 

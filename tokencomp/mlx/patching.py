@@ -21,11 +21,11 @@ from mlx_vlm.generate.ar import BatchGenerator
 from mlx_vlm.models.base import InputEmbeddingsFeatures
 
 from tokencomp.errors import OptionError, UnsupportedCacheError, UnsupportedModelError
-from tokencomp.mlx.method import ChosenMethod
+from tokencomp.mlx.method import MlxMethod
 from tokencomp.mlx.spans import Span, find_spans
 from tokencomp.mlx.weights import RowWeights, with_weights
 from tokencomp.plan.counts import budget_shares
-from tokencomp.plan.options import Merging, split
+from tokencomp.plan.options import Merging, one_amount
 from tokencomp.torchlib.replace import Installed, MethodReplacement
 
 ATTRIBUTE = "_tokencomp_handle"
@@ -90,7 +90,7 @@ def patch(
     UnsupportedModelError
         No model of mlx-vlm, or one of another type than `MODELS`.
     RatioError, OptionError, UnknownNameError, MissingDependencyError
-        See `ChosenMethod`.
+        As `MlxMethod`.
     """
     if not callable(getattr(model, EMBED, None)) or not isinstance(model, nn.Module):
         raise UnsupportedModelError(
@@ -98,8 +98,12 @@ def patch(
             "first; for models of transformers use tokencomp.patch."
         )
     check_model(getattr(model.config, "model_type", None))
-    stage, options = split({"merge": merge, **options})
-    method = ChosenMethod(ratio, reducer, options, budget, **stage)
+    amount = one_amount(ratio, budget) or {"ratio": 0.5}
+    return apply(model, MlxMethod(reducer, options={"merge": merge, **options}, **amount))
+
+
+def apply(model: Any, method: MlxMethod) -> Handle:
+    """`patch` with a ready method."""
     unpatch(model)
     return Handle(model, method)
 
@@ -126,7 +130,7 @@ class Handle(Installed):
         How many tokens each of them stands for.
     """
 
-    def __init__(self, model: Any, method: ChosenMethod) -> None:
+    def __init__(self, model: Any, method: MlxMethod) -> None:
         self.model, self.method = model, method
         self.tokens, self.columns = 0, np.zeros(0, dtype=np.int64)
         self.sizes = np.ones(0, dtype=np.int64)
@@ -147,7 +151,7 @@ class Handle(Installed):
             del vars(self.model)[ATTRIBUTE]
 
     def __repr__(self) -> str:
-        how = f"{self.method.amount}, {self.method.name}"
+        how = f"{self.method.asked}, {self.method.name}"
         return f"<tokencomp.mlx.Handle {how}: {self.tokens} → {len(self.columns)} tokens>"
 
     def _embed(

@@ -6,16 +6,16 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlx_vlm.server import cli, generation
 
 from tokencomp.errors import MergeWarning, OptionError, UnsupportedCacheError
-from tokencomp.mlx.method import ChosenMethod
-from tokencomp.mlx.patching import check_model, patch
+from tokencomp.mlx.method import MlxMethod
+from tokencomp.mlx.patching import apply, check_model
 from tokencomp.mlx.weights import QUANTIZED
-from tokencomp.plan.options import Merging
 
 REFUSED = {
     "--reranker-model": "this model would run uncompressed",
@@ -28,10 +28,7 @@ REFUSED = {
 
 def run(
     model: str,
-    ratio: float | None,
-    budget: int | None,
-    reducer: str,
-    merge: Merging | None,
+    method: MlxMethod,
     host: str,
     port: int,
     extra: Sequence[str],
@@ -42,8 +39,8 @@ def run(
 
     Raises
     ------
-    OptionError, RatioError, UnknownNameError, MissingDependencyError
-        An option that mlx_vlm.server would take without compression, or a bad ratio or reducer.
+    OptionError
+        An option that mlx_vlm.server would take without compression.
     UnsupportedModelError
         A folder with a model of another type; models of the hub are looked at when they are loaded.
     """
@@ -51,7 +48,6 @@ def run(
     for flag, reason in REFUSED.items():
         if any(flag.startswith(name) for name in names):  # argparse takes the beginning of a name
             raise OptionError(f"{flag}: {reason}. Leave it out, or run mlx_vlm.server itself.")
-    method = ChosenMethod(ratio, reducer, budget=budget, merge=merge)
     config = Path(model) / "config.json"
     if config.is_file():
         check_model(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
@@ -59,13 +55,13 @@ def run(
 
     def initialize(self: Any) -> None:
         original(self)
-        merge = method.merge if method.weighs else False
-        if merge and self.kv_bits is not None:
-            if merge is True:
+        fitting = method
+        if method.weighs and self.kv_bits is not None:
+            if method.merge is True:
                 raise UnsupportedCacheError(QUANTIZED)
             warnings.warn(f"merge='auto' drops here: {QUANTIZED}", MergeWarning, stacklevel=2)
-            merge = False
-        patch(self.model, method.ratio, method.reducer, budget=method.budget, merge=merge)
+            fitting = replace(method, merge=False)
+        apply(self.model, fitting)
 
     generation.ResponseGenerator._initialize_model = initialize
     own = ["--model", model, "--host", host, "--port", str(port)]

@@ -164,7 +164,10 @@ def make_reducer(name: str | Reducer, /, **options: Any) -> Reducer:
             f"reducer {name!r} has no option {', '.join(map(repr, wrong))}."
             f"{hint(wrong[0], [*allowed, *ARGUMENTS])} Its options: {', '.join(allowed) or 'none'}."
         )
-    return cls(**options)
+    try:
+        return cls(**options)
+    except (TypeError, OverflowError) as error:  # a required option, or one that is no number
+        raise OptionError(f"reducer {name!r}, options {options}: {error}.") from None
 
 
 def options_of(reducer: Reducer) -> dict[str, Any]:

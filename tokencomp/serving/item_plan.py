@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokencomp import __version__
-from tokencomp.method import MethodSpec
+from tokencomp.method import Method
 from tokencomp.plan.counts import Budget, budget_shares
 from tokencomp.plan.plan import Stage, TowerStage
 from tokencomp.reducers.base import Reducer
@@ -39,7 +39,7 @@ def config_facts(config: Any, folder: str) -> ModelFacts:
     return ModelFacts(False, config.model_type, text.num_hidden_layers, text.hidden_size, folder)
 
 
-def cache_key(spec: MethodSpec, facts: ModelFacts | None = None) -> dict[str, Any]:
+def cache_key(spec: Method, facts: ModelFacts | None = None) -> dict[str, Any]:
     """Cache key of an active spec: options, release, and content of files of trained weights."""
     bound = spec.built_reducer.bind(facts or ModelFacts(mrope=False))
     return {**spec.describe(), "version": __version__, "weights": _weights_of(bound)}
@@ -89,7 +89,7 @@ class ItemPlan:
     def make(
         cls,
         spans: list[VisualSpan],
-        spec: MethodSpec,
+        spec: Method,
         extent: int = 0,
         facts: ModelFacts | None = None,
         cells: Sequence[int] | None = None,

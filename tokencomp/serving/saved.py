@@ -9,7 +9,7 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from tokencomp.method import MethodSpec
+from tokencomp.method import Method
 
 RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95)  # of the label "ratio", besides 0
 BOUNDS = (0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.925, 1)  # between the ratios that people set
@@ -31,7 +31,7 @@ class Saved:
 
     @classmethod
     def by(
-        cls, spec: MethodSpec, tokens: Mapping[str, tuple[int, float]], merge: bool = False
+        cls, spec: Method, tokens: Mapping[str, tuple[int, float]], merge: bool = False
     ) -> Saved:
         reducer = spec.built_reducer.name if spec.active else "none"
         return cls(reducer, spec.requested, tokens, merge)

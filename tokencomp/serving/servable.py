@@ -4,24 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokencomp.errors import OptionError, TokenCompError, unknown_name
+from tokencomp.errors import OptionError, TokenCompError
 from tokencomp.reducers.base import Reducer, counts_itself
 from tokencomp.reducers.registry import available_reducers
 from tokencomp.validation import choices, field_types
 
 PROBE_RATIOS = (0.1, 0.5, 0.9)
 PROBE_LAYERS = 32
-
-
-def check_name(field_name: str, name: Any) -> str:
-    """Return the name of a reducer, or of a composition, if there is one; else `OptionError`."""
-    if not isinstance(name, str):
-        names = ", ".join(available_reducers())
-        raise OptionError(f"{field_name}={name!r}: expected one of {names}.")
-    for part in [part.strip() for part in name.split("+") if part.strip()] or [name]:
-        if part not in available_reducers():
-            raise OptionError(str(unknown_name(field_name, part, available_reducers())))
-    return name
 
 
 def serving_safe(reducer: Reducer) -> bool:

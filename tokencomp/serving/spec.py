@@ -9,19 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tokencomp.errors import OptionError, RatioError, hint
-from tokencomp.method import MethodSpec, resolve_auto
+from tokencomp.method import DEFAULT_SERVED_REDUCER, TOWER, Method
 from tokencomp.plan.counts import MAX_RATIO, Budget, check_ratio
-from tokencomp.plan.options import OPTIONS, check_option, one_amount
-from tokencomp.reducers._repeats import DropsRepeats
-from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.registry import make_reducer, options_of
+from tokencomp.plan.options import OPTIONS
+from tokencomp.serving import engines
 from tokencomp.serving.load import Step, parse_steps
-from tokencomp.serving.servable import check_name, check_servable
 
-TOWER_KEYS = ("tower_ratio", "tower_reducer")
 AMOUNTS = ("ratio", "budget")
-FOR_PATCH = "; arguments of patch"  # from where on an error is not for requests
-REQUEST_KEYS = ("reducer", *AMOUNTS, "options", *OPTIONS, *TOWER_KEYS)
+REQUEST_KEYS = ("reducer", *AMOUNTS, "options", *OPTIONS, *TOWER)
 OPERATOR_OPTIONS = ("weights",)  # paths: what they name, and whether it exists, is not for clients
 SERVER_KEYS = (
     *REQUEST_KEYS, "max_ratio", "low_detail_ratio", "ratio_by_load", "per_request", "only_own",
@@ -48,7 +43,7 @@ class ServerOptions:
         Higher ratios of requests that name none, under load.
     """
 
-    default: MethodSpec = field(default_factory=MethodSpec)
+    default: Method = field(default_factory=lambda: Method(default=DEFAULT_SERVED_REDUCER))
     max_ratio: float = MAX_RATIO
     per_request: bool = True
     only_own: bool = False
@@ -66,7 +61,9 @@ class ServerOptions:
         if options is None:
             return cls()
         values = as_mapping(options, SERVER_KEYS)
-        ratio = check_ratio(values.get("ratio", 0.0))
+        asked = values.get("ratio", 0.0)
+        by_modality = asked if isinstance(asked, Mapping) else {}
+        ratio = max(map(check_ratio, by_modality.values())) if by_modality else check_ratio(asked)
         max_ratio = check_ratio(values.get("max_ratio", max(MAX_RATIO, ratio)))
         if ratio > max_ratio:
             raise RatioError(
@@ -80,6 +77,8 @@ class ServerOptions:
         if (text := values.get("ratio_by_load")) is not None:
             if "budget" in values:
                 raise OptionError("ratio_by_load with a budget: it raises a ratio. Give a ratio.")
+            if by_modality:
+                raise OptionError("ratio_by_load with ratios by modality: give one ratio.")
             steps = parse_steps(text, ratio)
             if steps[-1].ratio > max_ratio:
                 raise RatioError(f"ratio_by_load={text!r} is above max_ratio={max_ratio}.")
@@ -89,16 +88,16 @@ class ServerOptions:
             if not isinstance(flags[name], bool):
                 raise OptionError(f"{name}={flags[name]!r}: expected true or false.")
         merging = bool(values.get("merge"))
-        base = cls(max_ratio=max_ratio, merging=merging)
+        base = cls(Method(default=DEFAULT_SERVED_REDUCER), max_ratio, merging=merging)
         request = {k: v for k, v in values.items() if k in REQUEST_KEYS}
         if "budget" not in request:
-            request["ratio"] = ratio
-        spec = base._resolve(request, engine)
-        return cls(
-            spec, max_ratio, **flags, low_detail_ratio=low, merging=merging, ratio_by_load=steps
-        )
+            request["ratio"] = asked
+        return replace(
+            base, default=base._resolved(request, engine), **flags, low_detail_ratio=low,
+            ratio_by_load=steps,
+        )  # fmt: skip
 
-    def low_detail(self, details: Sequence[tuple[str, Any]]) -> MethodSpec | None:
+    def low_detail(self, details: Sequence[tuple[str, Any]]) -> Method | None:
         """The default with the ratio of images in low detail; None if none is. Videos keep theirs.
 
         `details` are "image_url" or "video_url" and `detail` of all media of a request. Without a
@@ -117,17 +116,16 @@ class ServerOptions:
                     f"{self.default.built_budget}, which videos cannot have with a ratio of "
                     "images. Send them apart."
                 )
-            ratio = {"image": ratio, "video": self.default.ratio}
-        asked = {"ratio": ratio, **self.default.given_options}
-        return self._with_tower(self._reducer({}), asked, {})
+            ratio = {"image": ratio, "video": self.default.ratios.get("video", self.default.ratio)}
+        return self.default.override({"ratio": ratio})
 
-    def resolve(self, request: Any, engine: str = "vllm", ratio: float | None = None) -> MethodSpec:
-        """The spec of a request with these tokencomp options (None: the server's default).
+    def resolve(self, request: Any, engine: str = "vllm", ratio: float | None = None) -> Method:
+        """The method of a request with these tokencomp options (None: the server's default).
 
         A `ratio` by load replaces the default's where the request names none. Raises as `parse`.
         """
         if request is None:
-            return self.default if ratio is None else self._resolve({"ratio": ratio}, engine)
+            return self.default if ratio is None else self._resolved({"ratio": ratio}, engine)
         if not self.per_request:
             raise OptionError(
                 "this server was started with per_request=false: leave 'tokencomp' out of the "
@@ -144,132 +142,23 @@ class ServerOptions:
                 f"{self.max_ratio}, and the ratio of a budget depends on the media. Give a "
                 "ratio."
             )
-        return self._resolve(values, engine)
+        return self._resolved({**values, "options": options}, engine)
 
-    def _resolve(self, values: Mapping[str, Any], engine: str) -> MethodSpec:
-        asked = {key: values[key] for key in AMOUNTS if key in values}
-        one_amount(asked.get("ratio"), asked.get("budget"))
-        asked = asked or dict(self.default.requested)
-        if "budget" in asked:
-            _check_budget(asked["budget"])
-        if "ratio" in asked:
-            asked["ratio"] = self._checked_ratio(asked["ratio"], engine)
-        reducer = self._reducer(values)
-        asked |= {name: self._stage_option(name, values, reducer, engine) for name in OPTIONS}
-        tower = [key for key in TOWER_KEYS if values.get(key)]
-        if engine == "sglang" and tower:
-            raise OptionError(
-                f"{tower[0]}={values[tower[0]]!r}: the SGLang plugin has no stage in the vision "
-                "tower. Leave it out, or serve with vLLM or `--engine hf`."
-            )
-        if engine == "hf":
-            return self._with_tower(reducer, asked, values)
-        if isinstance(reducer, DropsRepeats) and engine == "vllm":
-            check_servable(reducer.later)
-        else:
-            check_servable(reducer)
-        spec = self._with_tower(reducer, asked, values)
-        if spec.tower_stage is not None:
-            check_servable(spec.built_tower_reducer)
-            spec.stages(num_layers=1, first_layer_stage=1)  # raises if they do not fit together
-        return spec
-
-    def _stage_option(
-        self, name: str, values: Mapping[str, Any], reducer: Reducer, engine: str
-    ) -> Any:
-        """The value of a stage option: the request's, else the default's if the reducer allows it.
-
-        A default of "auto" is for the default reducer only. Of options with weights, engines whose
-        attention has none turn "auto" off, and refuse other values.
-        """
-        known, value = OPTIONS[name], values.get(name)
-        if value is None:
-            usual = values.get("reducer") in (None, "auto")
-            value = getattr(self.default, name)
-            if value is None and usual:
-                value = known.meaning(self.default.reducer)
-            if (value == "auto" and not usual) or not _allowed(name, value, reducer):
-                value = None
-        able = not known.weighs or engine == "hf" or (engine == "vllm" and self.merging)
-        if able or value is None or value == known.off:
-            return value
-        if value != "auto":
-            raise OptionError(
-                f"{name}={json.dumps(value)}: rows that represent several tokens need weights in "
-                "attention, which SGLang, and vLLM without --merge, do not support. Leave it out, "
-                "or serve with `--engine hf`."
-            )
-        return known.off
-
-    def _checked_ratio(self, ratio: Any, engine: str) -> Any:
-        """A ratio, or ratios by modality, within the bound of the server."""
-        if isinstance(ratio, Mapping) and engine == "sglang":
-            raise OptionError(f"ratio={ratio!r}: the SGLang plugin has no ratios by modality.")
-        by_modality = ratio if isinstance(ratio, Mapping) else {"": ratio}
-        checked = {
-            k: check_ratio(v, f"ratio of {k}" if k else "ratio") for k, v in by_modality.items()
-        }
-        if (largest := max(checked.values(), default=0.0)) > self.max_ratio:
+    def _resolved(self, values: Mapping[str, Any], engine: str) -> Method:
+        """The default with these values, within the bounds of the server and of the engine."""
+        if "ratio" in values and values["ratio"] is None:
+            check_ratio(None)
+        if "budget" in values:
+            Budget.of(values["budget"])
+        method = self.default.override(
+            {**values, "options": as_mapping(values.get("options"), None)}
+        )
+        largest = max([method.ratio, *method.ratios.values()])
+        if largest > self.max_ratio:
             raise RatioError(
                 f"ratio={largest}: this server allows ratios from 0 to {self.max_ratio}."
             )
-        return checked if isinstance(ratio, Mapping) else checked[""]
-
-    def _with_tower(
-        self, reducer: Reducer, asked: dict[str, Any], values: Mapping[str, Any]
-    ) -> MethodSpec:
-        """The spec with the tower stage of a request, else what fits of the default's."""
-        tower, ratio = values.get("tower_ratio"), asked.get("ratio", 0.0)
-        if tower is None:
-            tower = self.default.tower_ratio
-            if not ratio and ("budget" not in asked or tower != "auto"):
-                tower = 0.0
-            elif tower != "auto" and not isinstance(ratio, dict):
-                tower = min(tower, ratio)
-        name = self.default.tower_reducer if tower else "auto"
-        if values.get("tower_reducer") is not None:
-            name = check_name("tower_reducer", values["tower_reducer"])
-        stage: dict[str, Any] = {"tower_ratio": tower, "tower_reducer": name}
-        try:  # the options of the default may have no effect at the ratio of a request
-            return MethodSpec(reducer, **asked, **stage, inherited=frozenset(OPTIONS))
-        except TypeError as error:  # it has required options
-            raise OptionError(f"tower_reducer={name!r}: {error}") from None
-
-    def _reducer(self, values: Mapping[str, Any]) -> Reducer:
-        own_options = options = as_mapping(values.get("options"), None)
-        old = self.default.reducer if isinstance(self.default.reducer, Reducer) else None
-        name = values.get("reducer")
-        if name is None:
-            name = old.name if old is not None else "auto"
-        name = check_name("reducer", resolve_auto(name, "server"))
-        if old is not None and name == old.name:
-            options = {**options_of(old), **options}
-        try:
-            reducer = make_reducer(name, **options)
-            if isinstance(reducer, DropsRepeats):
-                reducer = replace(reducer, then=str(resolve_auto(reducer.then, "server")))
-            return reducer
-        except (TypeError, ValueError, OverflowError) as error:
-            reason = str(error).partition(FOR_PATCH)[0].rstrip(".")
-            raise OptionError(f"reducer {name!r}, options {own_options}: {reason}.") from None
-
-
-def _allowed(name: str, value: Any, reducer: Reducer) -> bool:
-    """Whether an option of the stages may have a value with a reducer."""
-    try:
-        check_option(name, value, reducer)
-    except OptionError:
-        return False
-    return True
-
-
-def _check_budget(budget: Any) -> None:
-    """Raise `RatioError` for a bad budget, or `OptionError` for one of a whole prompt."""
-    if Budget.of(budget).whole_prompt:
-        raise OptionError(
-            f"budget={budget!r}: servers treat every image and clip by itself, so that caches stay "
-            "valid. Give a number, which is for each of them."
-        )
+        return engines.engine(engine, self.merging).fit(method)
 
 
 def names_amount(options: Any) -> bool:

@@ -312,7 +312,8 @@ def log_start(engine: Engine, name: str, bind: Bind) -> None:
         "serving %r (%s) on %s in %s: reducer %s, ratio %s, merge %s, ratio of requests %s, by "
         "load %s",
         name, type(model).__name__, model.device, str(model.dtype).removeprefix("torch."),
-        default.describe().get("reducer"), default.shown_ratio, default.merge,
+        default.describe().get("reducer"), default.shown_ratio,
+        default.options_in_force["merge"],
         f"up to {options.max_ratio:g}" if options.per_request else "fixed",
         ", ".join(f"{ratio:g} from {n} requests" for ratio, n in options.ratio_by_load) or "off",
     )  # fmt: skip

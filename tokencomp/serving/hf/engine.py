@@ -19,7 +19,7 @@ from tokencomp.engine.stats import Stats
 from tokencomp.errors import ScoreError, TokenCompError, WeightsError
 from tokencomp.handle import Handle
 from tokencomp.inputs.prompts import chat_inputs, media_lengths, prompt_lengths, to_model
-from tokencomp.method import MethodSpec
+from tokencomp.method import Method
 from tokencomp.patching import apply, check
 from tokencomp.serving.hf.fields import SAMPLING
 from tokencomp.serving.hf.grammar import Grammars
@@ -68,7 +68,7 @@ class Engine:
         self.ends, self._penalty = take_end_tokens(model), take_penalty(model)
         self.grammars = Grammars(self.text.tokenizer, self.ends)
         check(model, options.default)
-        self._handle: Handle = apply(model, MethodSpec())
+        self._handle: Handle = apply(model, Method())
         self._wake = threading.Condition()
         self._closed = False
         self._well = True
@@ -225,15 +225,11 @@ class Engine:
             job.max_tokens = min(job.max_tokens, max(room, 1))
         return any(job.done for job in batch)
 
-    def _compressed(self, spec: MethodSpec) -> Any:
+    def _compressed(self, spec: Method) -> Any:
         """Set reducer and ratio of a batch inside the returned context."""
         if not spec.active:
             return self._handle.disabled()
-        self._handle.set(
-            **spec.requested,
-            reducer=spec.reducer, **spec.options_in_force,
-            tower_ratio=spec.tower_ratio, tower_reducer=spec.tower_reducer,
-        )  # fmt: skip
+        self._handle.change(spec)
         return contextlib.nullcontext()
 
     def started(self, batch: list[Job], counts: list[Counts]) -> None:
@@ -305,7 +301,7 @@ def seen_by_modality(stats: Stats) -> list[Seen]:
 
 
 def build_inputs(model: Any, processor: Any, prompts: list[Prompt]) -> dict[str, Any]:
-    """Return one left-padded batch of prompts with equal specs, on the model's device."""
+    """Return one left-padded batch of prompts with equal methods, on the model's device."""
     images = [image for prompt in prompts for image in prompt.images]
     videos = [video for prompt in prompts for video in prompt.videos]
     samplings = [sampling for prompt in prompts for sampling in prompt.samplings]

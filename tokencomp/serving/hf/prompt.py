@@ -13,7 +13,7 @@ from PIL import Image
 
 from tokencomp.errors import OptionError, PlanError, RatioError
 from tokencomp.inputs.prompts import Chat, takes_videos
-from tokencomp.method import MethodSpec
+from tokencomp.method import Method
 from tokencomp.serving import KEY
 from tokencomp.serving.hf.fields import ChatRequest, Message, Part, read_request
 from tokencomp.serving.hf.grammar import Grammar, Grammars
@@ -34,7 +34,7 @@ class Prompt:
 
     request: ChatRequest
     chat: list[dict[str, Any]]  # messages in the form that chat templates expect
-    spec: MethodSpec
+    spec: Method
     alone: bool = False  # in its batch, as nobody can count its placeholders
     images: list[Any] = field(default_factory=list)  # RGB
     videos: list[Any] = field(default_factory=list)  # uint8 (frames, height, width, 3)
@@ -255,9 +255,7 @@ def _check_amount(request: ChatRequest, text: PromptText, limits: Limits) -> Non
         raise RequestError(f"more than {limits.max_items} images and videos.", 413)
 
 
-def _spec(
-    request: ChatRequest, options: ServerOptions, ratio: float | None
-) -> tuple[MethodSpec, bool]:
+def _spec(request: ChatRequest, options: ServerOptions, ratio: float | None) -> tuple[Method, bool]:
     """Return reducer and ratio of the request, and whether the load may choose its ratio."""
     fields = (request.tokencomp, (request.mm_processor_kwargs or {}).get(KEY))
     given = [field for field in fields if field is not None]

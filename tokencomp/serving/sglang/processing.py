@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tokencomp.errors import OptionError, UnsupportedModelError
-from tokencomp.method import MethodSpec
+from tokencomp.method import Method
 from tokencomp.serving import ENV_OPTIONS, KEY
 from tokencomp.serving.item_plan import ItemPlan, cache_key, config_facts, item_span
 from tokencomp.serving.offsets import MAX_OFFSET
@@ -72,7 +72,7 @@ def check_server(hf_config: Any, server_args: Any) -> None:
         )
 
 
-def compress(output: Any, spec: MethodSpec, merge: int, facts: ModelFacts | None = None) -> Any:
+def compress(output: Any, spec: Method, merge: int, facts: ModelFacts | None = None) -> Any:
     """Shorten the media of a request in `output`, which SGLang's processor has returned.
 
     Rows of compressed items get the base position of their item. At ratio 0 all stays as it is,

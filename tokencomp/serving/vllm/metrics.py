@@ -16,7 +16,7 @@ from typing import Any
 from prometheus_client import Counter
 from vllm.logger import init_logger
 
-from tokencomp.method import MethodSpec
+from tokencomp.method import Method
 from tokencomp.serving.item_plan import ItemPlan, ItemSize, field_name
 from tokencomp.serving.saved import Saved
 
@@ -55,7 +55,7 @@ def item_sizes(
     return sizes
 
 
-def saved_by(spec: MethodSpec, sizes: Mapping[str, Sequence[tuple[int, ItemSize | None]]]) -> Saved:
+def saved_by(spec: Method, sizes: Mapping[str, Sequence[tuple[int, ItemSize | None]]]) -> Saved:
     """Return what was saved of the media of one request, which `item_sizes` returns."""
     tokens = {
         modality: (sum(s.full if s else kept for kept, s in items), sum(kept for kept, _ in items))

@@ -17,7 +17,7 @@ from vllm.multimodal.processing import PromptUpdate, PromptUpdateDetails
 
 import tokencomp
 from tokencomp.errors import OptionError
-from tokencomp.method import MethodSpec
+from tokencomp.method import Method
 from tokencomp.serving import ENV_RULES, KEY
 from tokencomp.serving.item_plan import (
     ItemPlan,
@@ -36,7 +36,7 @@ from tokencomp.tokens.tokens import LastKept, VisualSpan
 
 logger = init_logger("vllm.tokencomp")
 MODALITIES = ("image", "video")
-OFF = MethodSpec()
+OFF = Method()
 REMEMBERED = 16384  # sizes of media that may come from a cache
 
 
@@ -101,10 +101,10 @@ class CompressingProcessor:
 
     # -- options --------------------------------------------------------------------------------
 
-    def _spec(self, kwargs: Mapping[str, Any]) -> MethodSpec:
+    def _spec(self, kwargs: Mapping[str, Any]) -> Method:
         options = kwargs.get(KEY)
-        if isinstance(options, MethodSpec | Compared):
-            return options if isinstance(options, MethodSpec) else options.spec
+        if isinstance(options, Method | Compared):
+            return options if isinstance(options, Method) else options.spec
         if options is None:
             return self._options.default
         try:
@@ -118,7 +118,7 @@ class CompressingProcessor:
             self._latest = text, spec
         return spec
 
-    def _check_tower(self, spec: MethodSpec) -> None:
+    def _check_tower(self, spec: Method) -> None:
         """Refuse a stage in the vision tower where this engine cannot run it, with the reason."""
         if spec.tower_stage is None and spec.repeats is None:
             return

@@ -23,14 +23,14 @@ from tokencomp.adapters.towers.base import Cells
 from tokencomp.adapters.towers.packed import CHANNELS
 from tokencomp.engine.tower.stage import chosen_cells
 from tokencomp.errors import OptionError
-from tokencomp.method import MethodSpec
+from tokencomp.method import Method
 from tokencomp.plan.plan import TowerStage
 from tokencomp.reducers.base import Reducer
 from tokencomp.tokens.signals import SEEN
 from tokencomp.tokens.tokens import LastKept
 
 
-def compares(spec: MethodSpec) -> bool:
+def compares(spec: Method) -> bool:
     """Whether what is kept of an item depends on earlier items of the request."""
     return spec.repeats is not None and SEEN in spec.repeats.needs
 
@@ -42,7 +42,7 @@ class Compared:
     `items` are all of vLLM's items by modality; `cached` says which of them caches hold.
     """
 
-    spec: MethodSpec
+    spec: Method
     items: Any
     cached: Mapping[str, Sequence[bool]]
     hashes: Mapping[str, Sequence[str]]
