@@ -59,7 +59,7 @@ def gather_kernel(
             )  # fmt: skip
 
 
-class Job(NamedTuple):
+class Copy(NamedTuple):
     """Source and destination of one tensor, both as (lead, batch, sequence, contiguous row)."""
 
     source: Tensor
@@ -89,7 +89,7 @@ def gather_rows(
     """See :func:`tokencomp.kernels.gather_rows.naive`."""
     index = index.contiguous()
     outs: list[Tensor] = []
-    jobs: list[Job] = []
+    jobs: list[Copy] = []
     for tensor, seq, batch in zip(tensors, seqs, batches, strict=True):
         shape = list(tensor.shape)
         shape[batch], shape[seq] = index.shape
@@ -101,7 +101,7 @@ def gather_rows(
     return outs
 
 
-def prepare(tensor: Tensor, out: Tensor, seq: int, batch: int) -> list[Job]:
+def prepare(tensor: Tensor, out: Tensor, seq: int, batch: int) -> list[Copy]:
     """Return four-dimensional views of `tensor` and `out`.
 
     A tensor with several leading dimensions cannot be one strided view, so it gives several jobs.
@@ -124,10 +124,10 @@ def prepare(tensor: Tensor, out: Tensor, seq: int, batch: int) -> list[Job]:
     source, target = source.flatten(3), target.flatten(3)
     if source.shape[3] > 1 and source.stride(3) != 1:
         source = source.contiguous()
-    return [Job(source.expand(-1, out.shape[batch], -1, -1), target)]
+    return [Copy(source.expand(-1, out.shape[batch], -1, -1), target)]
 
 
-def launch(jobs: list[Job], index: Tensor) -> None:
+def launch(jobs: list[Copy], index: Tensor) -> None:
     """Run the kernel on at most ``MAX_TENSORS`` tensors."""
     firsts = (0, *itertools.accumulate(job.tiles for job in jobs))
     gather_kernel[(firsts[-1],)](

@@ -20,7 +20,7 @@ from support.serving import hf_reference, http
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.serving.hf.app import build_app
 from tokencomp.serving.hf.engine import Engine
-from tokencomp.serving.hf.logits import Steps
+from tokencomp.serving.hf.logits import BatchLogits
 from tokencomp.serving.hf.metrics import Metrics
 from tokencomp.serving.limits import Limits
 from tokencomp.serving.media import load_image
@@ -84,7 +84,7 @@ def test_penalties_count_tokens_and_no_padding(name: str) -> None:
         prompt=SimpleNamespace(request=SimpleNamespace(**fields)), grammar=None, done=False
     )
     mask = torch.tensor([[1, 1, 1], [0, 0, 1]])
-    steps = Steps([job, job], mask, 1.0, None)
+    steps = BatchLogits([job, job], mask, 1.0, None)
     assert steps.needed
     steps(torch.tensor(rows)[:, :3], scores.clone())  # the first call is before the answer
     got = steps(torch.tensor(rows), scores.clone())

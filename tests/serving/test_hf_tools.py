@@ -20,7 +20,7 @@ from tokencomp.serving.hf.answers import Completion
 from tokencomp.serving.hf.app import build_app
 from tokencomp.serving.hf.engine import Engine
 from tokencomp.serving.hf.metrics import Metrics
-from tokencomp.serving.hf.prompt import Prompt, PromptText
+from tokencomp.serving.hf.prompt import ChatPrompt, PromptText
 from tokencomp.serving.hf.queue import Piece
 from tokencomp.serving.hf.text import CallForm, Calls
 from tokencomp.serving.limits import Limits, RequestError
@@ -84,7 +84,7 @@ def body(**fields: Any) -> dict[str, Any]:
     return {"messages": messages, "max_tokens": 120, "temperature": 0, **fields}
 
 
-def prompt(text: PromptText, **fields: Any) -> Prompt:
+def prompt(text: PromptText, **fields: Any) -> ChatPrompt:
     return read_body(body(**fields), text)
 
 

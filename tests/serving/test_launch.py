@@ -60,7 +60,7 @@ def test_vllm_starts_closed(start: Any, tmp_path: Path) -> None:
     for flag, value in (
         (REMOTE, "invalid."), ("--host", "127.0.0.1"), ("--shutdown-timeout", "60"),
         ("--max-num-queued-reqs", "1280"), ("--allowed-local-media-path", str(tmp_path)),
-        ("--middleware", "tokencomp.serving.vllm.middleware.Guard"),
+        ("--middleware", "tokencomp.serving.vllm.middleware.VllmGuard"),
         ("--media-io-kwargs", json.dumps(VIDEO)),
     ):  # fmt: skip
         assert values(command, flag) == [value]

@@ -17,7 +17,7 @@ from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.prompts import chat_inputs, prompt_lengths
 from tokencomp.serving.hf.engine import Engine
 from tokencomp.serving.hf.metrics import Metrics
-from tokencomp.serving.hf.prompt import Prompt, PromptText
+from tokencomp.serving.hf.prompt import ChatPrompt, PromptText
 from tokencomp.serving.hf.queue import Waiting
 from tokencomp.serving.limits import RequestError
 from tokencomp.serving.spec import ServerOptions
@@ -35,7 +35,7 @@ def said(words: str) -> dict[str, str]:
     return {"type": "text", "text": words}
 
 
-def prompt(body: Any, text: PromptText) -> Prompt:
+def prompt(body: Any, text: PromptText) -> ChatPrompt:
     return read(body, text)
 
 

@@ -21,7 +21,7 @@ from support.serving.files import data, image
 from tokencomp.serving.limits import Limits, RequestError
 from tokencomp.serving.saved import Saved
 from tokencomp.serving.vllm import request_checks, roles
-from tokencomp.serving.vllm.middleware import UNREADABLE, Guard
+from tokencomp.serving.vllm.middleware import UNREADABLE, VllmGuard
 
 KEY = ("authorization", "Bearer secret")
 
@@ -283,7 +283,7 @@ def raised_in(module: str, error: Exception) -> Exception:
 
 @pytest.mark.parametrize("kind", UNREADABLE)
 def test_media_that_vllm_cannot_process_get_400(kind: type[Exception]) -> None:
-    def guard(module: str, late: bool = False) -> Guard:
+    def guard(module: str, late: bool = False) -> VllmGuard:
         return vllm(app=Vllm(raised_in(module, kind("/secret/path")), late))
 
     answer = ask(guard("vllm.multimodal.video"), b"{}")

@@ -27,7 +27,7 @@ KEY = "secret"
 PARSERS = ("launchers", "common")  # packages of vLLM's command line in 0.32 and 0.33
 OPEN = {"/health", "/ping", "/metrics"}
 SERVED = {*OPEN, "/v1/chat/completions", "/v1/models", "/version"}
-GUARD = ["--middleware", "tokencomp.serving.vllm.middleware.Guard"]
+GUARD = ["--middleware", "tokencomp.serving.vllm.middleware.VllmGuard"]
 
 
 def arguments_of(*words: str) -> Any:

@@ -21,11 +21,11 @@ def version() -> str:
 if importlib.util.find_spec("mlx_vlm") is None:
     raise MissingDependencyError(f"tokencomp.mlx needs mlx-vlm: {install('mlx')}.")
 try:
-    from tokencomp.mlx.patching import MODELS, Handle, patch, unpatch
+    from tokencomp.mlx.patching import MODELS, MlxHandle, patch, unpatch
 except ImportError as error:
     raise MissingDependencyError(
         f"mlx-vlm {version()} is not laid out as tokencomp.mlx knows it ({error}). It is tested "
         f"with 0.7: {install('mlx')}."
     ) from error
 
-__all__ = ["MODELS", "Handle", "patch", "unpatch", "version"]
+__all__ = ["MODELS", "MlxHandle", "patch", "unpatch", "version"]

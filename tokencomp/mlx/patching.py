@@ -23,7 +23,7 @@ from mlx_vlm.models.base import InputEmbeddingsFeatures
 from tokencomp.errors import OptionError, UnsupportedCacheError, UnsupportedModelError
 from tokencomp.mlx.method import MlxMethod
 from tokencomp.mlx.spans import Span, find_spans
-from tokencomp.mlx.weights import RowWeights, with_weights
+from tokencomp.mlx.weights import LayerWeights, with_weights
 from tokencomp.plan.counts import budget_shares
 from tokencomp.plan.options import Merging, one_amount
 from tokencomp.torchlib.replace import Installed, MethodReplacement
@@ -57,7 +57,7 @@ def patch(
     budget: int | None = None,
     merge: Merging | None = None,
     **options: Any,
-) -> Handle:
+) -> MlxHandle:
     """Compress the visual tokens of every later prompt of a model of mlx-vlm.
 
     Parameters
@@ -81,7 +81,7 @@ def patch(
 
     Returns
     -------
-    Handle
+    MlxHandle
         Undo with `handle.remove()`, `unpatch(model)`, or by leaving a `with` block. Patching a
         patched model replaces the earlier patch.
 
@@ -102,10 +102,10 @@ def patch(
     return apply(model, MlxMethod(reducer, options={"merge": merge, **options}, **amount))
 
 
-def apply(model: Any, method: MlxMethod) -> Handle:
+def apply(model: Any, method: MlxMethod) -> MlxHandle:
     """`patch` with a ready method."""
     unpatch(model)
-    return Handle(model, method)
+    return MlxHandle(model, method)
 
 
 def unpatch(model: Any) -> None:
@@ -115,7 +115,7 @@ def unpatch(model: Any) -> None:
         handle.remove()
 
 
-class Handle(Installed):
+class MlxHandle(Installed):
     """A patch in force. Use as a context manager, or call `remove()`.
 
     Attributes
@@ -139,7 +139,7 @@ class Handle(Installed):
         if model.config.model_type not in QWEN:
             self._handles.append(_ColdPrefill(model.language_model))
         if method.weighs:
-            self._handles.append(RowWeights(model.language_model.model))
+            self._handles.append(LayerWeights(model.language_model.model))
         vars(model)[ATTRIBUTE] = self
         _insertion.add(self)
 
@@ -152,7 +152,7 @@ class Handle(Installed):
 
     def __repr__(self) -> str:
         how = f"{self.method.asked}, {self.method.name}"
-        return f"<tokencomp.mlx.Handle {how}: {self.tokens} → {len(self.columns)} tokens>"
+        return f"<tokencomp.mlx.MlxHandle {how}: {self.tokens} → {len(self.columns)} tokens>"
 
     def _embed(
         self,
@@ -264,10 +264,10 @@ class _Insertion:
     """Replaces `BatchGenerator.insert` while models are patched: ids with shorter embeddings."""
 
     def __init__(self) -> None:
-        self._handles: WeakSet[Handle] = WeakSet()
+        self._handles: WeakSet[MlxHandle] = WeakSet()
         self._original: Callable[..., Any] | None = None
 
-    def add(self, handle: Handle) -> None:
+    def add(self, handle: MlxHandle) -> None:
         self._handles.add(handle)
         if self._original is None:
             self._original = original = BatchGenerator.insert
@@ -285,7 +285,7 @@ class _Insertion:
 
             BatchGenerator.insert = insert
 
-    def discard(self, handle: Handle) -> None:
+    def discard(self, handle: MlxHandle) -> None:
         self._handles.discard(handle)
         if not self._handles and self._original is not None:
             BatchGenerator.insert, self._original = self._original, None

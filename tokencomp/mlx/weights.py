@@ -38,7 +38,7 @@ def with_weights(embeds: mx.array, sizes: np.ndarray) -> mx.array:
     return mx.concatenate([embeds, logs.astype(embeds.dtype)], axis=-1)
 
 
-class RowWeights(Installed):
+class LayerWeights(Installed):
     """Gives attention layers of a decoder of mlx-vlm the weights of rows, until `remove`.
 
     Their classes become subclasses that widen what the cache stores. The attention function of

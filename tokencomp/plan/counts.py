@@ -109,7 +109,7 @@ class BudgetShare:
     part: int
 
 
-class Part(Protocol):
+class SpanSize(Protocol):
     """Fields of a span that `budget_shares` reads: first column of its item, and visual tokens."""
 
     @property
@@ -119,7 +119,7 @@ class Part(Protocol):
     def visual(self) -> int: ...
 
 
-def budget_shares(spans: Sequence[Part]) -> list[BudgetShare]:
+def budget_shares(spans: Sequence[SpanSize]) -> list[BudgetShare]:
     """The share of every span of one prompt; spans with one `item` are parts of that item."""
     parts: dict[int | None, list[int]] = {}
     result = []
@@ -133,7 +133,7 @@ def budget_shares(spans: Sequence[Part]) -> list[BudgetShare]:
 
 
 def packed_shares(
-    spans: Sequence[Part], prompts: Sequence[tuple[int, list[int]]]
+    spans: Sequence[SpanSize], prompts: Sequence[tuple[int, list[int]]]
 ) -> list[BudgetShare]:
     """The share of every span of a row into which several prompts are packed.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import logging
 import re
 import time
 import uuid
@@ -15,12 +17,13 @@ import anyio
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokencomp import __version__
 from tokencomp.serving.bind import Bind
 from tokencomp.serving.limits import CLIENT_LEFT, RequestError
 from tokencomp.serving.load import client_of
+from tokencomp.serving.saved import ServerMetrics
 
 OPEN_PATHS = ("/health", "/ping", "/metrics")  # for probes and monitoring, which have no key
 RETRY_SECONDS = 5  # after which clients may try again when the server is busy
@@ -153,6 +156,57 @@ class Exchange:
     def _announces_body(self) -> bool:
         headers = Headers(scope=self.scope)
         return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+
+
+class Guard:
+    """ASGI middleware before the routes of a server: checks the head of a request, and logs it."""
+
+    def __init__(
+        self, app: ASGIApp, bind: Bind, metrics: ServerMetrics, logger: logging.Logger
+    ) -> None:
+        self.app, self.bind, self.metrics, self.logger = app, bind, metrics, logger
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application on a request that is allowed, and answer any other one."""
+        if scope["type"] != "http":
+            await self.other(scope, receive, send)
+            return
+        exchange = Exchange(scope, receive, send)
+        try:
+            check_head(scope, self.bind)
+            await self.answer(exchange)
+        except asyncio.CancelledError:  # the time of the shutdown is over
+            if not exchange.status:
+                await exchange.refuse(RequestError("the server shuts down.", 503))
+            raise
+        except Exception as error:
+            refusal = self.refusal(error)
+            if exchange.status or refusal is None:
+                exchange.failed = True
+                raise
+            await exchange.refuse(refusal)
+        finally:
+            exchange.close()
+            if not is_open(scope):
+                self.metrics.requests.labels(exchange.outcome).inc()
+                if self.logs(exchange):
+                    self.logger.info("%s", exchange)
+
+    async def other(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application on what is no request: start and end of the server."""
+        await self.app(scope, receive, send)
+
+    async def answer(self, exchange: Exchange) -> None:
+        """Run the application on a request whose head is allowed."""
+        await self.app(exchange.scope, exchange.receive, exchange.send)
+
+    def refusal(self, error: Exception) -> RequestError | None:
+        """The answer to a request that failed with an error; None: the server's own answer."""
+        return error if isinstance(error, RequestError) else None
+
+    def logs(self, exchange: Exchange) -> bool:
+        """Whether an exchange has a line in this log."""
+        return True
 
 
 class Bodies:

@@ -73,7 +73,7 @@ def vllm_command(
     if check_architecture(model, parsed):
         options = {**options, "merge": False}
     command = [*_entry(model), "--host", bind.host, "--port", str(bind.port)]
-    command += ["--middleware", "tokencomp.serving.vllm.middleware.Guard"]
+    command += ["--middleware", "tokencomp.serving.vllm.middleware.VllmGuard"]
     if limits.allowed_path is not None:
         command += ["--allowed-local-media-path", str(limits.allowed_path.resolve())]
     remote = sets(flags, "--allowed-media-domains")

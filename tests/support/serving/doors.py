@@ -18,7 +18,7 @@ from tokencomp.serving.hf.app import build_app
 from tokencomp.serving.hf.metrics import Metrics
 from tokencomp.serving.limits import Limits, RequestError
 from tokencomp.serving.spec import ServerOptions
-from tokencomp.serving.vllm.middleware import Guard
+from tokencomp.serving.vllm.middleware import VllmGuard
 from tokencomp.serving.vllm.rules import Rules
 
 CHAT = "/v1/chat/completions"
@@ -66,7 +66,7 @@ class Vllm:
 
 def vllm(
     limits: Limits | None = None, options: Any = None, app: Any = None, rules: Any = (), **bind: Any
-) -> Guard:
+) -> VllmGuard:
     """Return the middleware before vLLM, which reads its rules from the environment."""
     address = Bind(**{"host": "", **bind})
     written = Rules(address, limits or Limits(), **dict(rules)).as_json()
@@ -74,7 +74,7 @@ def vllm(
     if address.api_key:
         env["VLLM_API_KEY"] = address.api_key
     with mock.patch.dict(os.environ, env):
-        return Guard(app or Vllm())
+        return VllmGuard(app or Vllm())
 
 
 @dataclass

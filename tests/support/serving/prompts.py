@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tokencomp.serving.hf.grammar import Grammars
-from tokencomp.serving.hf.prompt import Prompt, load, parse
+from tokencomp.serving.hf.prompt import ChatPrompt, load, parse
 from tokencomp.serving.limits import Deadline, Limits
 from tokencomp.serving.spec import ServerOptions
 
@@ -29,7 +29,7 @@ def read(
     text: Any = ANY_TEXT,
     options: ServerOptions | None = None,
     limits: Limits | None = None,
-) -> Prompt:
+) -> ChatPrompt:
     """Return the prompt of a body, JSON or bytes of it, with its media decoded."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     options, limits = options or ServerOptions.parse({}, "hf"), limits or Limits()

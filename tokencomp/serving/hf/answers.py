@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from tokencomp.serving.hf.prompt import Prompt
+from tokencomp.serving.hf.prompt import ChatPrompt
 from tokencomp.serving.hf.queue import Event, Job, Piece, Usage
 from tokencomp.serving.hf.text import AnswerText, Calls
 from tokencomp.serving.saved import Saved
@@ -19,7 +19,7 @@ DEFAULT_TOKENS = 256
 class Completion:
     """The jobs of one request, and a queue of their events; `identity` is in every response."""
 
-    def __init__(self, prompt: Prompt, tokenizer: Any, identity: dict[str, Any]) -> None:
+    def __init__(self, prompt: ChatPrompt, tokenizer: Any, identity: dict[str, Any]) -> None:
         self.request, self.identity = prompt.request, identity
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         request, loop = self.request, asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""The HTTP server: routes, checks before them, the access log, and uvicorn with time limits."""
+"""The HTTP server: routes, and uvicorn with time limits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 from uvicorn.config import LOGGING_CONFIG
 
 from tokencomp import __version__
@@ -31,17 +31,9 @@ from tokencomp.serving.bind import Bind
 from tokencomp.serving.connections import BoundedH11
 from tokencomp.serving.hf.answers import Completion
 from tokencomp.serving.hf.engine import Engine
-from tokencomp.serving.hf.metrics import Metrics
-from tokencomp.serving.hf.prompt import Prompt, load, parse
+from tokencomp.serving.hf.prompt import ChatPrompt, load, parse
 from tokencomp.serving.hf.queue import Event
-from tokencomp.serving.http import (
-    Bodies,
-    Exchange,
-    check_head,
-    error_response,
-    first_page,
-    is_open,
-)  # fmt: skip
+from tokencomp.serving.http import Bodies, Guard, error_response, first_page
 from tokencomp.serving.limits import CLIENT_LEFT, Deadline, Limits, RequestError
 from tokencomp.serving.load import Load
 from tokencomp.serving.room import MediaRoom
@@ -81,7 +73,7 @@ def build_app(engine: Engine, name: str, limits: Limits, bind: Bind | None = Non
         app.add_middleware(
             CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]
         )
-    return Guard(app, bind, engine.metrics)
+    return Guard(app, bind, engine.metrics, logger)
 
 
 class Server:
@@ -134,7 +126,7 @@ class Server:
             completion.cancel()  # the other answers
             raise
 
-    async def _prompt(self, request: Request) -> Prompt:
+    async def _prompt(self, request: Request) -> ChatPrompt:
         """Read and check a request, and decode its media, for which texts of others do not wait."""
         engine, deadline = self.engine, Deadline(self.limits.decode_seconds)
         async with self.bodies.read(request) as body:
@@ -221,37 +213,6 @@ async def _failed(request: Request, error: Exception) -> Response:
         error = RequestError("the server failed on this request.", 500)
     request.state.exchange.refusal = str(error)
     return error_response(error)
-
-
-# -- checks before the routes, and the access log --------------------------------------------------
-
-
-class Guard:
-    """ASGI middleware that checks the head of a request first, and logs it if it is no probe."""
-
-    def __init__(self, app: ASGIApp, bind: Bind, metrics: Metrics) -> None:
-        self.app, self.bind, self.metrics = app, bind, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application on a request that is allowed, and answer any other one."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        exchange = Exchange(scope, receive, send)
-        try:
-            check_head(scope, self.bind)
-            await self.app(scope, exchange.receive, exchange.send)
-        except RequestError as error:  # of the check; the application answers its own
-            await exchange.refuse(error)
-        except asyncio.CancelledError:  # the time of the shutdown is over
-            if not exchange.status:
-                await exchange.refuse(RequestError("the server shuts down.", 503))
-            raise
-        finally:
-            exchange.close()
-            if not is_open(scope):
-                self.metrics.requests.labels(exchange.outcome).inc()
-                logger.info("%s", exchange)
 
 
 # -- uvicorn ---------------------------------------------------------------------------------------

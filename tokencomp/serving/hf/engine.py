@@ -23,9 +23,9 @@ from tokencomp.method import Method
 from tokencomp.patching import apply, check
 from tokencomp.serving.hf.fields import SAMPLING
 from tokencomp.serving.hf.grammar import Grammars
-from tokencomp.serving.hf.logits import Steps
+from tokencomp.serving.hf.logits import BatchLogits
 from tokencomp.serving.hf.metrics import Metrics
-from tokencomp.serving.hf.prompt import Prompt, PromptText, too_long
+from tokencomp.serving.hf.prompt import ChatPrompt, PromptText, too_long
 from tokencomp.serving.hf.queue import Job, Usage, Waiting
 from tokencomp.serving.limits import RequestError
 from tokencomp.serving.saved import Saved
@@ -203,7 +203,7 @@ class Engine:
             self._generate([job for job in batch if not job.done])
             return
         counts = list(zip(lengths, media_lengths(self.model, inputs), strict=True))
-        steps = Steps(batch, inputs.get("attention_mask"), self._penalty, self.tokenizer)
+        steps = BatchLogits(batch, inputs.get("attention_mask"), self._penalty, self.tokenizer)
         with self._compressed(batch[0].prompt.spec), seeded(batch[0].seed):
             self.model.generate(
                 **inputs,
@@ -260,7 +260,7 @@ class Rows(StoppingCriteria):
     """Stopping criterion, called after every step: streams new tokens, and ends rows."""
 
     def __init__(
-        self, engine: Engine, batch: list[Job], counts: list[Counts], steps: Steps
+        self, engine: Engine, batch: list[Job], counts: list[Counts], steps: BatchLogits
     ) -> None:
         self.engine, self.batch, self.counts, self.steps = engine, batch, counts, steps
         self.begun = False
@@ -300,7 +300,7 @@ def seen_by_modality(stats: Stats) -> list[Seen]:
 # -- what `generate` gets --------------------------------------------------------------------------
 
 
-def build_inputs(model: Any, processor: Any, prompts: list[Prompt]) -> dict[str, Any]:
+def build_inputs(model: Any, processor: Any, prompts: list[ChatPrompt]) -> dict[str, Any]:
     """Return one left-padded batch of prompts with equal methods, on the model's device."""
     images = [image for prompt in prompts for image in prompt.images]
     videos = [video for prompt in prompts for video in prompt.videos]
@@ -353,7 +353,7 @@ def take_end_tokens(model: Any) -> set[int]:
 
 
 def take_penalty(model: Any) -> float:
-    """Take the repetition penalty out of the generation config: `Steps` applies it."""
+    """Take the repetition penalty out of the generation config: `BatchLogits` applies it."""
     config = model.generation_config
     penalty = getattr(config, "repetition_penalty", None)
     config.repetition_penalty = None if penalty is None else 1.0

@@ -14,7 +14,7 @@ from tokencomp.serving.hf.text import token_bytes
 LOWEST = -9999.0  # log-probability of what cannot be; JSON knows no infinity
 
 
-class Steps(LogitsProcessor):
+class BatchLogits(LogitsProcessor):
     """Records log-probabilities, applies the penalties of each request, and enforces grammars.
 
     Rows are independent of each other and of the padding, given by the attention mask (batch,

@@ -29,7 +29,7 @@ MARKED = ("image", "video")
 
 
 @dataclass
-class Prompt:
+class ChatPrompt:
     """A checked request with decoded media."""
 
     request: ChatRequest
@@ -186,7 +186,7 @@ def parse(
     text: PromptText,
     grammars: Grammars,
     ratio: float | None = None,
-) -> Prompt:
+) -> ChatPrompt:
     """Check a JSON body: its form, then the amount of text, then its tokens. `load` decodes media.
 
     `ratio` is that of requests with media that name none, if the server is under load. Raises
@@ -194,7 +194,7 @@ def parse(
     """
     request = read_request(content)
     spec, by_load = _spec(request, options, ratio)
-    prompt = Prompt(request, [], spec, by_load=by_load)
+    prompt = ChatPrompt(request, [], spec, by_load=by_load)
     _check_amount(request, text, limits)
     prompt.chat = [_message(message) for message in request.messages]
     prompt.calls = _call_form(request, text)
@@ -212,7 +212,7 @@ def parse(
     return prompt
 
 
-def load(prompt: Prompt, text: PromptText, deadline: Deadline) -> None:
+def load(prompt: ChatPrompt, text: PromptText, deadline: Deadline) -> None:
     """Decode the media of a prompt, and count the tokens of its images."""
     deadline.start()
     for part in prompt.request.media:
@@ -223,7 +223,7 @@ def load(prompt: Prompt, text: PromptText, deadline: Deadline) -> None:
     prompt.visual_tokens = (counted or 0) + pixels // TOKEN_PIXELS
 
 
-def _load(part: Part, prompt: Prompt, deadline: Deadline) -> None:
+def _load(part: Part, prompt: ChatPrompt, deadline: Deadline) -> None:
     """Decode an image or a video into the prompt, within the remaining limits."""
     deadline.check()
     left = prompt.limits.max_total_pixels - prompt.pixels

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokencomp.serving.hf.fields import SAMPLING
 from tokencomp.serving.hf.grammar import Grammar
-from tokencomp.serving.hf.prompt import Prompt
+from tokencomp.serving.hf.prompt import ChatPrompt
 from tokencomp.serving.hf.text import AnswerText
 from tokencomp.serving.limits import RequestError
 from tokencomp.serving.saved import Saved
@@ -50,7 +50,7 @@ class Piece:
 class Job:
     """One answer to a request; the engine's thread writes `events` for the event loop."""
 
-    prompt: Prompt
+    prompt: ChatPrompt
     loop: asyncio.AbstractEventLoop
     max_tokens: int
     text: AnswerText

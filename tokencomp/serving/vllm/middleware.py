@@ -30,9 +30,8 @@ from tokencomp.serving.http import (
     OPEN_PATHS,
     Bodies,
     Exchange,
-    check_head,
+    Guard,
     first_page,
-    is_open,
     route,
 )  # fmt: skip
 from tokencomp.serving.limits import RequestError
@@ -55,56 +54,42 @@ READING = 4  # requests that are read at one time
 UNREADABLE = (OSError, RuntimeError, SyntaxError, ZeroDivisionError, DecompressionBombError)
 
 
-class Guard:
+class VllmGuard(Guard):
     """Refuse requests that vLLM should not see; see the module's docstring."""
 
     def __init__(self, app: ASGIApp, rules: Rules | None = None) -> None:
-        self.app, self.rules = app, rules or Rules.from_environment()
+        self.rules = rules or Rules.from_environment()
+        super().__init__(app, self.rules.bind, process_metrics(), logger)
         self.draining = False
         limits = self.rules.limits
         self.options = ServerOptions.parse(os.environ.get(ENV_OPTIONS))
-        self.load, self.metrics = Load(self.options.ratio_by_load), process_metrics()
+        self.load = Load(self.options.ratio_by_load)
         self.bodies = Bodies(limits.max_body, limits.max_bodies, limits.body_seconds)
         self.reading, self.room = CapacityLimiter(READING), MediaRoom()
         self.routers = roles.router_networks(self.rules.routers)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application on a request that is allowed, and answer any other one."""
+    async def other(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": "no such path"})
             return
-        if scope["type"] != "http":
-            client = scope["app"].state.engine_client if scope["type"] == "lifespan" else None
-            if client is not None:
-                self._watch(client)
-            await self.app(scope, receive, send)
-            if client is not None and client.errored and not self.draining:
-                process.end_after_engine()
-            return
-        exchange = Exchange(scope, receive, send)
-        EXCHANGE.set(exchange)
-        try:
-            check_head(scope, self.rules.bind)
-            self._check_running(exchange)
-            await self._answer(exchange)
-        except RequestError as error:  # also of `frames`, in the application
-            if exchange.status:
-                exchange.failed = True
-                raise
-            await exchange.refuse(error)
-        except Exception as error:
-            if exchange.status or not _from_media(error):
-                exchange.failed = True
-                raise
-            # The answer does not contain the error, as it may tell about files of the server.
-            logger.warning("tokencomp: media of a request cannot be read", exc_info=error)
-            await exchange.refuse(RequestError("media of this request are unreadable."))
-        finally:
-            exchange.close()
-            if not is_open(scope):
-                self.metrics.requests.labels(exchange.outcome).inc()
-                if scope["method"] == "POST" or exchange.refusal:  # vLLM logs the others too
-                    logger.info("%s", exchange)
+        client = scope["app"].state.engine_client if scope["type"] == "lifespan" else None
+        if client is not None:
+            self._watch(client)
+        await self.app(scope, receive, send)
+        if client is not None and client.errored and not self.draining:
+            process.end_after_engine()
+
+    def refusal(self, error: Exception) -> RequestError | None:
+        known = super().refusal(error)  # also of `frames`, in the application
+        if known is not None or not _from_media(error):
+            return known
+        # The answer does not contain the error, as it may tell about files of the server.
+        logger.warning("tokencomp: media of a request cannot be read", exc_info=error)
+        return RequestError("media of this request are unreadable.")
+
+    def logs(self, exchange: Exchange) -> bool:
+        """vLLM logs requests without a body."""
+        return bool(exchange.scope["method"] == "POST" or exchange.refusal)
 
     def _watch(self, client: Any) -> None:
         """Wrap two functions of vLLM's client of the engine.
@@ -153,8 +138,10 @@ class Guard:
             exchange.headers["Connection"] = "close"
             raise RequestError("the server shuts down. Ask another one, or this one later.", 503)
 
-    async def _answer(self, exchange: Exchange) -> None:
+    async def answer(self, exchange: Exchange) -> None:
         """Run the application on a documented path, or answer what vLLM lacks."""
+        EXCHANGE.set(exchange)
+        self._check_running(exchange)
         scope, path = exchange.scope, route(exchange.scope)
         receive: Receive = exchange.receive
         if scope["method"] == "GET" and (path == "/" or path.startswith(f"{MODELS}/")):
