@@ -29,13 +29,13 @@ from benchmarks.files.accuracy_page import COUNTS, RATIO, page, records
 from benchmarks.files.material import BACKGROUNDS, RATE, X264
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.settings import Setting
-from tokencomp.inputs.frames import Even, Policy, Scored, Stream, frame_indices
 from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.media import open_clip
-from tokencomp.inputs.packets import ClipIndex
 from tokencomp.inputs.questions import Example
-from tokencomp.inputs.scorer import EmbeddingScorer
 from tokencomp.inputs.video import Sampling, Video
+from tokencomp.inputs.video.frames import Even, Policy, Scored, Stream, frame_indices
+from tokencomp.inputs.video.packets import ClipIndex
+from tokencomp.inputs.video.scorer import EmbeddingScorer
 from tokencomp.zoo.shapesqa.items import Item, item
 from tokencomp.zoo.shapesqa.questions import VIDEO_FAMILIES
 from tokencomp.zoo.shapesqa.render import canvas_of, paint

@@ -26,9 +26,9 @@ from benchmarks import publishing
 from benchmarks.experiment import Experiment
 from benchmarks.files import material
 from benchmarks.files.material import BACKGROUNDS, ENCODINGS, FAMILIES, VARIABLE, Material
-from tokencomp.inputs.container import VideoFile
-from tokencomp.inputs.frames import frame_indices
-from tokencomp.inputs.stream import stream_choice
+from tokencomp.inputs.video.container import VideoFile
+from tokencomp.inputs.video.frames import frame_indices
+from tokencomp.inputs.video.stream import stream_choice
 
 COUNTS = (8, 16, 32)
 THUMB = (32, 24)

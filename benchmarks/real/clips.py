@@ -25,8 +25,8 @@ from recipes.photographs.scenes import Library
 from recipes.photographs.sources import TUXPAINT, Photos
 from recipes.tiny.letters import letters_prompt
 from tokencomp.errors import OptionError
-from tokencomp.inputs.frames import frame_indices
-from tokencomp.inputs.stream import stream_choice
+from tokencomp.inputs.video.frames import frame_indices
+from tokencomp.inputs.video.stream import stream_choice
 from tokencomp.storage import write_lines
 from tokencomp.zoo.shapesqa.prompt_forms import letter
 

@@ -11,8 +11,8 @@ import pytest
 from support.clips import CODECS, pictures, write_clip
 
 from tokencomp.errors import FrameChoiceWarning
-from tokencomp.inputs.container import VideoFile
 from tokencomp.inputs.media import load_media
+from tokencomp.inputs.video.container import VideoFile
 
 av = pytest.importorskip("av")
 COUNT = 60

@@ -18,17 +18,16 @@ from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import FrameChoiceWarning, MediaError, ScoreError
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.settings import Setting
-from tokencomp.inputs import stream
-from tokencomp.inputs.container import VideoFile
-from tokencomp.inputs.focus import focus
-from tokencomp.inputs.frames import Even, Rate, Scored, frame_indices, frame_policy
 from tokencomp.inputs.media import load_media
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.inputs.questions import Example
-from tokencomp.inputs.scored import aks
-from tokencomp.inputs.scorer import EmbeddingScorer, with_scorer
-from tokencomp.inputs.stream import bursts, even_gaps, stream_choice
-from tokencomp.inputs.video import with_frames
+from tokencomp.inputs.video import stream, with_frames
+from tokencomp.inputs.video.container import VideoFile
+from tokencomp.inputs.video.focus import focus
+from tokencomp.inputs.video.frames import Even, Rate, Scored, frame_indices, frame_policy
+from tokencomp.inputs.video.scored import aks
+from tokencomp.inputs.video.scorer import EmbeddingScorer, with_scorer
+from tokencomp.inputs.video.stream import bursts, even_gaps, stream_choice
 
 COUNT, FPS = 72, 24
 

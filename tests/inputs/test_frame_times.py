@@ -11,9 +11,9 @@ from support.trained import tiny
 from tokencomp.errors import FrameRateWarning
 from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.inputs import media
-from tokencomp.inputs.frame_times import frame_times
 from tokencomp.inputs.prompts import build_inputs, chat_inputs, media_chat
 from tokencomp.inputs.video import Video
+from tokencomp.inputs.video.frame_times import frame_times
 from tokencomp.serving.limits import Limits
 from tokencomp.serving.video import load_video
 from tokencomp.zoo.shapesqa.items import item

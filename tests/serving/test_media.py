@@ -27,9 +27,9 @@ from support.serving.doors import part, user
 from support.serving.files import canvas, clip, content, data, frames, gif, image, png
 from support.serving.prompts import read
 
-from tokencomp.inputs.container import VideoFile
-from tokencomp.inputs.frames import frame_indices
 from tokencomp.inputs.media import load_media
+from tokencomp.inputs.video.container import VideoFile
+from tokencomp.inputs.video.frames import frame_indices
 from tokencomp.serving import video
 from tokencomp.serving.hf.app import SAFE_PILLOW
 from tokencomp.serving.limits import Deadline, Limits, RequestError

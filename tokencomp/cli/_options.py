@@ -162,11 +162,11 @@ class Files:
 
     def load(self, source: Source) -> list[Any]:
         """PIL images, and lists of them for videos; the model of `source` may score frames."""
-        from tokencomp.inputs.frames import Frames as Policies
-        from tokencomp.inputs.frames import Scored, frame_policy
         from tokencomp.inputs.media import load_media
-        from tokencomp.inputs.scorer import with_scorer
         from tokencomp.inputs.video import Video
+        from tokencomp.inputs.video.frames import Frames as Policies
+        from tokencomp.inputs.video.frames import Scored, frame_policy
+        from tokencomp.inputs.video.scorer import with_scorer
 
         if not (self.image or self.video):
             raise OptionError("nothing to look at: give --image FILE or --video FILE.")

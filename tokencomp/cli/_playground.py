@@ -11,10 +11,10 @@ from tokencomp.errors import TokenCompError
 from tokencomp.evaluation.environment import public_name
 from tokencomp.evaluation.settings import Setting
 from tokencomp.evaluation.timing import Split
-from tokencomp.inputs.frames import Frames
 from tokencomp.inputs.media import load_media
 from tokencomp.inputs.packaged import zoo_folder
-from tokencomp.inputs.scorer import with_scorer
+from tokencomp.inputs.video.frames import Frames
+from tokencomp.inputs.video.scorer import with_scorer
 from tokencomp.pages.html import compact
 from tokencomp.pages.pictures import plain_tiles, strip
 from tokencomp.plan.options import Merging

@@ -62,7 +62,7 @@ def command(
     `torchrun --nproc-per-node N -m tokencomp eval …` anywhere.
     """
     settings_of = settings(context, method)
-    from tokencomp.inputs.frames import plain_frames
+    from tokencomp.inputs.video.frames import plain_frames
 
     chosen_frames = plain_frames(frames)
     from rich.console import Console

@@ -136,8 +136,8 @@ def command(
     `{"mm_processor_kwargs": {"tokencomp": {"ratio": 0.75}}}` (both).
     """
     from tokencomp.errors import OptionError
-    from tokencomp.inputs.frames import Even, Stream, frame_policy
     from tokencomp.inputs.packaged import resolve
+    from tokencomp.inputs.video.frames import Even, Stream, frame_policy
     from tokencomp.plan.options import OPTIONS
     from tokencomp.serving.bind import Bind
 

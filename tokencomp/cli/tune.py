@@ -40,7 +40,7 @@ def command(
     Every combination within --tokens is measured. Prints the Pareto front of accuracy against
     tokens.
     """
-    from tokencomp.inputs.frames import plain_frames
+    from tokencomp.inputs.video.frames import plain_frames
 
     grid: dict[str, Any] = {
         "frames": [plain_frames(one) for one in parse.names(frames)],

@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image
 
 from tokencomp.errors import MediaError, OptionError
-from tokencomp.inputs.frames import frame_indices
 from tokencomp.inputs.pixels import SOFT_TOKENS
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.inputs.questions import modality_of
 from tokencomp.inputs.video import with_frames
+from tokencomp.inputs.video.frames import frame_indices
 from tokencomp.plan.plan import keep_count
 
 STRETCH = (1.0, 1.1, 1 / 1.1, 1.22, 1 / 1.22)

@@ -31,9 +31,9 @@ from tokencomp.evaluation.environment import environment, model_identity, proces
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.evaluation.store import AnswerStore
-from tokencomp.inputs.frames import Frames, plain_frames
 from tokencomp.inputs.questions import Example, has_video
-from tokencomp.inputs.scorer import with_scorer
+from tokencomp.inputs.video.frames import Frames, plain_frames
+from tokencomp.inputs.video.scorer import with_scorer
 from tokencomp.torchlib.compat import attention_implementation
 
 

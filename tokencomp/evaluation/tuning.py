@@ -18,9 +18,9 @@ from tokencomp.evaluation.baselines import EqualTokens, Resize, faster
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import INPUT_BASELINES, Setting
-from tokencomp.inputs.frames import Frames
 from tokencomp.inputs.questions import Example, has_video, modality_of
-from tokencomp.inputs.scorer import with_scorer
+from tokencomp.inputs.video.frames import Frames
+from tokencomp.inputs.video.scorer import with_scorer
 from tokencomp.plan.counts import MAX_RATIO
 
 ROUNDED = 1.005

@@ -10,7 +10,10 @@ from typing import Any
 
 from tokencomp.errors import FrameChoiceWarning, MediaError, OptionError
 from tokencomp.inputs.access import check_readable
-from tokencomp.inputs.clips import (
+from tokencomp.inputs.clock import part
+from tokencomp.inputs.images import UNREADABLE, Image, load_image
+from tokencomp.inputs.video import Sampling, Video
+from tokencomp.inputs.video.clips import (
     AnimationClip,
     Clip,
     FileClip,
@@ -18,10 +21,7 @@ from tokencomp.inputs.clips import (
     ReaderClip,
     is_reader,
 )
-from tokencomp.inputs.clock import part
-from tokencomp.inputs.frames import Frames, Policy, frame_policy
-from tokencomp.inputs.images import UNREADABLE, Image, load_image
-from tokencomp.inputs.video import Sampling, Video
+from tokencomp.inputs.video.frames import Frames, Policy, frame_policy
 
 NEARLY = 0.01
 """Share of frames that headers may count too many without a word."""
@@ -61,7 +61,7 @@ def load_media(
         of their names, where numbers count as numbers. Or a `decord.VideoReader`, whose frames are
         taken as it gives them.
     frames : int, str or policy
-        Which frames of a video are decoded, see `tokencomp.inputs.frames`: a number of evenly
+        Which frames of a video are decoded, see `tokencomp.inputs.video.frames`: a number of evenly
         spaced ones (a shorter video gives all the frames it has), `"1fps"`, `"stream:8"`, or a
         policy.
     size : int or None

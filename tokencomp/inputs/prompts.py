@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import MediaError, OptionError
-from tokencomp.inputs.frame_times import frame_times, whole_steps
 from tokencomp.inputs.questions import frames_apart, modality_of
 from tokencomp.inputs.sounds import RATE
 from tokencomp.inputs.video import Sampling, Video, sampling_of
+from tokencomp.inputs.video.frame_times import frame_times, whole_steps
 from tokencomp.tokens.tokens import MODALITIES
 
 Chat = list[dict[str, Any]]

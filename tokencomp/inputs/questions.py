@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tokencomp.inputs.facts import Facts
-from tokencomp.inputs.frames import Frames
+from tokencomp.inputs.video.frames import Frames
 from tokencomp.inputs.words import plain_words
 
 Media = Any

@@ -20,9 +20,9 @@ from tokencomp.errors import OptionError
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.evaluation.store import read_records
-from tokencomp.inputs.frames import plain_frames
 from tokencomp.inputs.packaged import DEFAULT_MODEL
 from tokencomp.inputs.questions import Deferred, Example, Media
+from tokencomp.inputs.video.frames import plain_frames
 
 ANSWERS = "answers-"
 

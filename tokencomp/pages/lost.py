@@ -11,9 +11,9 @@ from typing import Any
 
 from tokencomp.evaluation.batches import Answerer, Loaded
 from tokencomp.evaluation.runs import EvalRun
-from tokencomp.inputs.frames import Frames
 from tokencomp.inputs.questions import Example
-from tokencomp.inputs.scorer import with_scorer
+from tokencomp.inputs.video.frames import Frames
+from tokencomp.inputs.video.scorer import with_scorer
 from tokencomp.pages.pictures import SIDE, kept_picture, save_picture
 from tokencomp.storage import keeping, write_json
 

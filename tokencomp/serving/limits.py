@@ -47,7 +47,7 @@ class Limits:
     max_bytes: int = 64 << 20  # of one encoded image or video
     max_pixels: int = 50_000_000  # of one image or frame
     max_total_pixels: int = 300_000_000  # of all images and sampled frames
-    frames: int = 32  # sampled from a video, by this policy (`tokencomp.inputs.frames`)
+    frames: int = 32  # sampled from a video, by this policy (`tokencomp.inputs.video.frames`)
     policy: str = ""  # evenly spaced
     # A decoder produces all frames of a video, and for a few bytes of an animation a whole canvas.
     max_decoded: int = 36_000  # frames

@@ -26,12 +26,12 @@ import numpy as np
 from PIL import Image
 
 from tokencomp.errors import MediaError, OptionError
-from tokencomp.inputs.container import VideoFile
-from tokencomp.inputs.frames import Choice, Scored, frame_policy
 from tokencomp.inputs.images import on_white, seconds_shown
-from tokencomp.inputs.packets import ClipIndex, animation_index
-from tokencomp.inputs.upright import rgb
 from tokencomp.inputs.video import Sampling
+from tokencomp.inputs.video.container import VideoFile
+from tokencomp.inputs.video.frames import Choice, Scored, frame_policy
+from tokencomp.inputs.video.packets import ClipIndex, animation_index
+from tokencomp.inputs.video.upright import rgb
 from tokencomp.serving.limits import Deadline, Limits, RequestError
 from tokencomp.serving.media import (
     FRAME_LIST,

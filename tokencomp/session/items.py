@@ -11,9 +11,9 @@ import numpy as np
 from torch import Tensor
 
 from tokencomp.errors import FrameChoiceWarning, FrameOrderError, MediaError, OptionError
-from tokencomp.inputs.frame_times import frames_of_a_step
 from tokencomp.inputs.prompts import chat_inputs
 from tokencomp.inputs.video import Sampling, Video
+from tokencomp.inputs.video.frame_times import frames_of_a_step
 from tokencomp.validation import fits
 
 CLOCK = 1000

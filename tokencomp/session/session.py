@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from tokencomp.errors import OptionError, SessionError
 from tokencomp.handle import handle_of
-from tokencomp.inputs.frame_times import reads_times
 from tokencomp.inputs.images import as_image
 from tokencomp.inputs.prompts import stacked
 from tokencomp.inputs.questions import modality_of
+from tokencomp.inputs.video.frame_times import reads_times
 from tokencomp.session.conversation import Conversation, join
 from tokencomp.session.items import FrameClock, item_inputs, warn_of_repeated
 from tokencomp.session.turns import Turns

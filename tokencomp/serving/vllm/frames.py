@@ -39,8 +39,9 @@ class ChosenFrames(VideoLoader):
         """Return uint8 frames (frames, height, width, 3), and when they were shown.
 
         `num_frames` is the largest number of them, and `frames` the policy, see
-        `tokencomp.inputs.frames`; by default so many are evenly spaced. `pixels` is what the media
-        of the request may still have, divided by its number of videos; the middleware sets it.
+        `tokencomp.inputs.video.frames`; by default so many are evenly spaced. `pixels` is what the
+        media of the request may still have, divided by its number of videos; the middleware sets
+        it.
         """
         animated = Limits.max_animated_pixels * pixels // Limits.max_total_pixels
         limits = Limits(frames=num_frames, max_total_pixels=pixels, max_animated_pixels=animated)

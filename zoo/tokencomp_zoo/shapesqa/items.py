@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from tokencomp.errors import unknown_name
-from tokencomp.inputs.frames import frame_indices
 from tokencomp.inputs.video import Video
+from tokencomp.inputs.video.frames import frame_indices
 from tokencomp.zoo.shapesqa.difficulty import sample_scene
 from tokencomp.zoo.shapesqa.prompt_forms import letter
 from tokencomp.zoo.shapesqa.questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES, Question, ask

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from tokencomp.errors import MediaError, OptionError
-from tokencomp.inputs.focus import focus
-from tokencomp.inputs.packets import ClipIndex
-from tokencomp.inputs.scored import aks, checked_scores
-from tokencomp.inputs.stream import silence, stream_choice
+from tokencomp.inputs.video.focus import focus
+from tokencomp.inputs.video.packets import ClipIndex
+from tokencomp.inputs.video.scored import aks, checked_scores
+from tokencomp.inputs.video.stream import silence, stream_choice
 
 FORMS = '8 (evenly spaced), "1fps" (by time), "stream:8" (by bursts) or "scorer:aks:8" (by scores)'
 RULES = ("aks", "focus")
@@ -89,7 +89,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Stream:
-    """`count` frames by the bursts of the compressed stream, see `tokencomp.inputs.stream`."""
+    """`count` frames by the bursts of the compressed stream, see `stream.py`."""
 
     count: int
 
@@ -135,7 +135,7 @@ class Scored:
             own = "" if self.rule == "aks" else f', "{self.rule}"'
             raise OptionError(
                 f'frames="{self}": there is no scorer. In Python give '
-                f"Scored({self.count}, scorer{own}) of tokencomp.inputs.frames, where "
+                f"Scored({self.count}, scorer{own}) of tokencomp.inputs.video.frames, where "
                 "scorer(frames, question) returns a number for every frame."
             )
         scorer = self.scorer

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.inputs.frames import Frames, Scored, frame_policy
 from tokencomp.inputs.prompts import build_inputs, to_model
+from tokencomp.inputs.video.frames import Frames, Scored, frame_policy
 
 ROWS = 16
 

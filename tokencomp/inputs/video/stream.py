@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from tokencomp.inputs.packets import ClipIndex, Packets
+from tokencomp.inputs.video.packets import ClipIndex, Packets
 
 NEIGHBOURS = 12
 """Frames of the same type on either side, with whose median a frame is compared."""

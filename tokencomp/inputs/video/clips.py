@@ -14,10 +14,10 @@ import numpy as np
 
 from tokencomp.errors import MediaError, MissingDependencyError, TokenCompError, install
 from tokencomp.inputs.clock import part
-from tokencomp.inputs.container import VideoFile
 from tokencomp.inputs.images import Image, load_image, on_white, seconds_shown
-from tokencomp.inputs.packets import ClipIndex, animation_index
-from tokencomp.inputs.upright import rgb, scaled_size, shown_size
+from tokencomp.inputs.video.container import VideoFile
+from tokencomp.inputs.video.packets import ClipIndex, animation_index
+from tokencomp.inputs.video.upright import rgb, scaled_size, shown_size
 
 PICTURES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp"])
 THREADS = 8

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from tokencomp.errors import MediaError
-from tokencomp.inputs.packets import ClipIndex, Packets, index_of, packets_of
+from tokencomp.inputs.video.packets import ClipIndex, Packets, index_of, packets_of
 
 SKIPS = frozenset(["h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video"])
 """Decoders that leave out a frame where its packet asks for it, and decode all others."""

@@ -1,4 +1,14 @@
-"""Frames sampled from a video, and their times."""
+"""Videos: frames that were sampled, and their times.
+
+The other files, in the order in which a video passes them:
+
+    file ─► container ─► packets ─► frames ─► clips ─► Video ─► frame_times ─► processor
+            (opened by   (times,    (policy)  (chosen  (with its (what the
+             PyAV)        sizes)              decoded)  times)    processor writes)
+
+`stream` and `focus`, with `scored`, are rules of `frames`, and `scorer` rates frames by a model.
+`upright` turns decoded frames into pictures.
+"""
 
 from __future__ import annotations
 
