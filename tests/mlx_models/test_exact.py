@@ -209,7 +209,7 @@ def test_budgets_are_those_of_transformers(name: str, media: str) -> None:
         with tokencomp.mlx.patch(both.model, budget=budget) as handle:
             features(both, asked)
         assert handle.columns.tolist() == rows.tolist()
-        assert f"budget {budget}, kcenter" in repr(handle)
+        assert f"budget={budget}, kcenter" in repr(handle)
 
 
 @pytest.mark.parametrize("name", NAMES)
