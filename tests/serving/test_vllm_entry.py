@@ -92,6 +92,7 @@ def test_with_options_an_untested_version_is_refused(
     dispatched: Any, options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm, "__version__", "9.9.9")
+    monkeypatch.delenv("TOKENCOMP_ALLOW_UNTESTED", raising=False)
     if options is None:
         monkeypatch.setenv("TOKENCOMP_SERVING", '{"ratio": 0.5}')
     settings = config(**(options or {}))
