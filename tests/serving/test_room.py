@@ -73,11 +73,12 @@ class Engine:
         self.decoding -= 1
         media = {"image": [{"pixel_values": SimpleNamespace(data=torch.zeros(3 * SIDE**2))}, None]}
         saved = Saved("kcenter", {"ratio": 0.5}, {"image": (4, 2)})
-        async for _ in self.client.generate({"tokencomp": saved, "mm_kwargs": media}):
+        prompt, sampling = {"tokencomp": saved, "mm_kwargs": media}, SimpleNamespace(extra_args={})
+        async for _ in self.client.generate(prompt, sampling):
             await self.end.wait()
             raise RequestError("reached", REACHED)
 
-    async def _generate(self, prompt: Any) -> Any:
+    async def _generate(self, prompt: Any, sampling: Any) -> Any:
         self.waiting += 1
         await self.begin.wait()
         self.waiting -= 1

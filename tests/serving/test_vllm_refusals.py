@@ -324,7 +324,8 @@ def test_features_that_overflowed_do_not_end_the_engine(where: str, value: float
     """An item keeps evenly spaced tokens, as many as planned, and all values become finite."""
     before = counters()["nonfinite"]._value.get()
     for name in SERVABLE:
-        plan = ItemPlan.make([item_span("video", (3, 4, 5))], Method(name, 0.75), extent=5)
+        method = Method(name, 0.75, merge=False)
+        plan = ItemPlan.make([item_span("video", (3, 4, 5))], method, extent=5)
         x = torch.randn(60, 9)
         x[:, :6][OVERFLOWS[where]] = value
         rows, index = reduce_rows(plan, x, 6, count_nonfinite)
