@@ -83,7 +83,8 @@ def test_bad_options_are_refused_and_the_engine_continues(answered: tuple) -> No
     *bad, good = (run[0] for run in error_runs(model))
     for job in bad:
         message = results[job["name"]]["error"]
-        assert message.startswith(("OptionError", "RatioError", "ValueError")), message
+        kinds = ("OptionError", "RatioError", "UnknownNameError", "ValueError")
+        assert message.startswith(kinds), message
         assert any(w in message for w in ("ratio", "reducer", "expected", "Allowed", "budget")), (
             message
         )

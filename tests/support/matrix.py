@@ -70,7 +70,7 @@ ROWS = {
     "ccam": Row(({"weights": small_weights("ccam", DIM)},), fixed=QUERIES),
     "cdpruner": Row(({}, {"relevance": "attention"}), ties=True),
     "anchorprune": Row(ties=True),
-    "auto": Row(ties=True),
+    "auto": Row(ties=True, served=True),
     "condiv": Row(
         (
             {},

@@ -67,7 +67,7 @@ def answer(folder: Path, job: dict[str, Any], positions: str = "original") -> di
         handle = tokencomp.patch(
             model, spec.get("ratio"), budget=spec.get("budget"),
             reducer=spec.get("reducer", "kcenter"), positions=positions,
-            merge=spec.get("merge"), **tower,
+            merge=spec.get("merge", False), **tower,
             **spec.get("options", {}),
         )  # fmt: skip
     try:
