@@ -109,7 +109,7 @@ that keeps all rows and reads few of them has room, if it knows which. On clips 
 """
 HEAD = """## Token by token
 
-Teacher forcing: a setting continues the full model's own answer, so what it gets wrong is not the
+Teacher forcing: a setting continues the answer of the full model, so what it gets wrong is not the
 consequence of an earlier mistake.
 """
 ROOM = """## Choosing again for every fact

@@ -200,8 +200,8 @@ def chosen(device: str, dtype: torch.dtype) -> tuple[str, str]:
     return HEADS if found.numbers is None else MASK, found.reason
 
 
-LEGEND = """Decoders with the layers of the published shape, of which only so many as the table
-says, and random weights; one image between 64 tokens of text; SDPA. "merged" is the default of
+LEGEND = """Decoders with random weights and with as many layers of the published shape as the table
+says; one image between 64 tokens of text; SDPA. "merged" is the default of
 `patch`. KV MiB and ms are of these layers: for a whole model, multiply by its layers. Milliseconds
 are medians of {rounds} rounds of {steps} tokens; the last column is the median of the rounds
 against the unpatched model in the same round. Peak is what the prompt allocates at most, its cache

@@ -32,7 +32,7 @@ TOKENS = {"image": (256, 1024, 4096)}
 RATIOS = (0.5, 0.75, 0.9)
 ROUNDS, STEPS = 3, 8
 LENGTHS = (1, 32, 128, 512, 2048)
-"""Tokens of an answer, the first of which the prefill gives."""
+"""Tokens of an answer; the prefill gives the first one."""
 SAVED = 0.1
 """Share of the total that a ratio has to save in the last column."""
 
@@ -61,17 +61,18 @@ def measure(kind: str, tokens: int) -> list[dict[str, Any]]:
     times: dict[float, list[tuple[float, float]]] = {ratio: [] for ratio in (0.0, *RATIOS)}
     with tokencomp.patch(model, 0.0) as handle:
         for repeat in range(-1, ROUNDS):
-            for ratio, own in times.items():
+            for ratio, pairs in times.items():
                 handle.set(ratio=ratio)
                 found = timed(model, inputs)
                 if repeat >= 0:
-                    own.append(found)
+                    pairs.append(found)
     return [
         {
             "kind": kind, "visual_tokens": visual, "ratio": ratio,
-            "prefill_ms": [round(a, 3) for a, _ in own], "step_ms": [round(b, 3) for _, b in own],
+            "prefill_ms": [round(a, 3) for a, _ in pairs],
+            "step_ms": [round(b, 3) for _, b in pairs],
         }
-        for ratio, own in times.items()
+        for ratio, pairs in times.items()
     ]  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def total(row: dict[str, Any], length: int) -> float:
 
 
 def longest(row: dict[str, Any], alone: dict[str, Any]) -> float:
-    """The longest answer of which at least `SAVED` of the total is saved.
+    """The longest answer for which at least `SAVED` of the total is saved.
 
     0 if no answer saves as much, infinite if every one does. Both totals are straight lines over
     the length, so that the saving crosses `SAVED` once at most.
@@ -127,7 +128,7 @@ of one thread; 64 tokens of text; without the vision tower and the head of the m
 step: medians of {rounds} rounds, the reduction included; a step is one of the {steps} after the
 prompt. The other columns are calculated from them: prefill and n − 1 steps, divided by the same
 without a patch. Rows that the answer itself adds to the cache are the same in both and are left
-out. Last column: the longest answer of which a tenth of the total is saved. [What a step
+out. Last column: the longest answer for which a tenth of the total is saved. [What a step
 reads](decoding.md), [prefills of all layers](prefill.md), [what long answers
 keep](../long/README.md)."""
 

@@ -52,7 +52,7 @@ async def chat(request: Request) -> Response:
 
 
 async def health(_: Request) -> Response:
-    """The router is there; the roles have probes of their own."""
+    """The router is there, and every role has probes."""
     return Response()
 
 

@@ -109,7 +109,7 @@ def test_auto_merges_in_images_and_videos(name: str) -> None:
 
 
 def test_auto_drops_where_little_of_an_image_stays() -> None:
-    """As if it were told to; up to a ratio of 0.9, which it includes, it merges. Videos always."""
+    """Images merge up to a ratio of 0.9, which is included, videos at every ratio."""
     family = FAMILIES["qwen2_vl"]
     model = family.build()
     video = family.batch([[family.video(4), text(3, 4)]])

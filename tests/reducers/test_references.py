@@ -85,7 +85,7 @@ def test_the_margin_keeps_like_things_before_the_background() -> None:
 
 
 def test_the_default_chooses_by_the_kind_of_media() -> None:
-    """Spans of one batch are reduced by methods of their own, and none has scores."""
+    """Spans of one batch are reduced by the methods of their modalities, without scores."""
     spans = [
         dataclasses.replace(matrix.tokens((t, 4, 4), seed=seed), modalities=[kind])
         for seed, (t, kind) in enumerate([(1, "image"), (2, "video"), (1, "audio")])

@@ -65,7 +65,7 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="session")
 def run_roles(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Function that runs engines in turn, each in a process of its own, see `roles_driver`."""
+    """Function that runs engines in turn, each in another process, see `roles_driver`."""
     if not HAS_VLLM:
         pytest.skip("vllm is not installed (pip install '.[vllm]')")
     root = tmp_path_factory.mktemp("roles")

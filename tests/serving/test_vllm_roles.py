@@ -137,7 +137,7 @@ def test_blocks_of_another_ratio_are_not_found(answered: tuple) -> None:
 
 
 def test_rows_have_the_width_that_connectors_announce(answered: tuple) -> None:
-    """vLLM's own connectors size a transfer by it; a wider row ends the engine."""
+    """Connectors of vLLM size a transfer by it; a wider row ends the engine."""
     from types import SimpleNamespace
 
     from vllm.distributed.ec_transfer.ec_connector.cpu.scheduler import ECCPUScheduler

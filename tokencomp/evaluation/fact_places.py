@@ -38,18 +38,18 @@ class FactsKept:
 def facts_kept(run: EvalRun, full: EvalRun) -> FactsKept | None:
     """Facts that a run keeps of what the full model has; None without questions with facts."""
     whole = {r["id"]: r["facts"] for r in full.answered if "facts" in r}
-    own = [r for r in run.answered if "facts" in r and r["id"] in whole]
-    if not own:
+    asked = [r for r in run.answered if "facts" in r and r["id"] in whole]
+    if not asked:
         return None
-    kept = _by_place([r["facts"] for r in own])
-    right = _by_place([whole[r["id"]] for r in own])
-    facts = _by_place([[1] * len(r["facts"]) for r in own])
+    kept = _by_place([r["facts"] for r in asked])
+    right = _by_place([whole[r["id"]] for r in asked])
+    facts = _by_place([[1] * len(r["facts"]) for r in asked])
     divisor = facts if run is full else right
     share = [a / b if b else math.nan for a, b in zip(kept, divisor, strict=True)]
     return FactsKept(
         tuple(share),
         1 - sum(kept) / sum(facts),
-        sum(float(r["invented"]) for r in own) / len(own),
+        sum(float(r["invented"]) for r in asked) / len(asked),
         tuple(map(int, facts)),
     )
 

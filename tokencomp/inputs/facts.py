@@ -80,9 +80,9 @@ class Facts:
         named = {k for spans in spots for start, stop in spans for k in range(start, stop)}
         invented, first = 0, 0
         for part in statements:
-            own = range(first, first + len(part))
-            invented += bool(part) and named.isdisjoint(own)
-            first = own.stop
+            places = range(first, first + len(part))
+            invented += bool(part) and named.isdisjoint(places)
+            first = places.stop
         return FactsFound(tuple(k in kept for k in range(len(spots))), invented)
 
 
@@ -98,7 +98,7 @@ def _spots(fact: Sequence[str], words: Sequence[str]) -> list[Span]:
 
 
 def _in_any_order(spots: Sequence[Sequence[Span]]) -> set[int]:
-    """Facts for each of which there are words; longer ones choose first."""
+    """Facts whose words are in the text; longer ones choose first."""
     taken: set[int] = set()
     kept = set()
     longest = [max((stop - start for start, stop in spans), default=0) for spans in spots]

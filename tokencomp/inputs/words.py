@@ -7,7 +7,7 @@ import unicodedata
 
 
 def plain_words(text: str) -> str:
-    """The words in small letters, with the minus of numbers; a text without any as it stands.
+    """The words in small letters, with the minus of numbers; a text without any is unchanged.
 
     Letters with accents are the same composed and decomposed (NFC, as NFKC takes 10² for 102).
     """

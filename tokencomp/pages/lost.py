@@ -41,8 +41,10 @@ class LostItem:
 
 def lost_ids(run: EvalRun, full: EvalRun, kind: str | None = None) -> list[str]:
     """Ids of items, all or of a `kind`, that only `full` has right, or facts of; natural order."""
-    own = {r["id"]: r for r in run.answered if kind in (None, r.get("kind"))}
-    return sorted((r["id"] for r in full.answered if _lost(r, own.get(r["id"]))), key=_natural)
+    compressed = {r["id"]: r for r in run.answered if kind in (None, r.get("kind"))}
+    return sorted(
+        (r["id"] for r in full.answered if _lost(r, compressed.get(r["id"]))), key=_natural
+    )
 
 
 def can_lose(record: dict[str, Any]) -> bool:
@@ -50,15 +52,19 @@ def can_lose(record: dict[str, Any]) -> bool:
     return any(record["facts"]) if "facts" in record else float(record["correct"]) >= 0.5
 
 
-def _lost(full: dict[str, Any], own: dict[str, Any] | None) -> bool:
-    if own is None or not can_lose(full):
+def _lost(full: dict[str, Any], compressed: dict[str, Any] | None) -> bool:
+    if compressed is None or not can_lose(full):
         return False
-    return bool(_lost_facts(full, own)) if "facts" in full else float(own["correct"]) < 0.5
+    return (
+        bool(_lost_facts(full, compressed))
+        if "facts" in full
+        else float(compressed["correct"]) < 0.5
+    )
 
 
-def _lost_facts(full: dict[str, Any], own: dict[str, Any]) -> list[int]:
+def _lost_facts(full: dict[str, Any], compressed: dict[str, Any]) -> list[int]:
     """Numbers of the facts that only the full model has."""
-    pairs = zip(full.get("facts", ()), own.get("facts", ()), strict=True)
+    pairs = zip(full.get("facts", ()), compressed.get("facts", ()), strict=True)
     return [k for k, (there, here) in enumerate(pairs) if there and not here]
 
 
@@ -90,14 +96,14 @@ def draw_lost(
         names = [name for name in lost_ids(run, full, kind) if name in examples]
         chosen += [(kind, name) for name in names[:per_kind]]
     whole = {r["id"]: r for r in full.answered}
-    own = {r["id"]: r for r in run.answered}
+    kept = {r["id"]: r for r in run.answered}
     items, answerer = [], Answerer({"": model}, processor, {})
     frames = with_scorer(frames, model, processor)
     folder.mkdir(parents=True, exist_ok=True)
     with answerer.patches:
         for number, (kind, name) in enumerate(chosen):
             row: Loaded = (examples[name], examples[name].load(frames))
-            stats, record = answerer.prefill(run.setting, [row])[0], own[name]
+            stats, record = answerer.prefill(run.setting, [row])[0], kept[name]
             assert stats
             picture = f"lost-{run.setting.label}-{number}.jpg"
             save_picture(kept_picture(row[1], stats, side), folder / picture, quality=80)

@@ -44,6 +44,6 @@ class Auto(Reducer):
         for reducer in reducers:
             # Spans of the other reducer have the budget 0.
             pairs = zip(tokens.budgets, tokens.modalities, strict=True)
-            own = [n if self.by_modality[m] == reducer else 0 for n, m in pairs]
-            rows.append(reducer.reduce(replace(tokens, budgets=own)).patches)
+            budgets = [n if self.by_modality[m] == reducer else 0 for n, m in pairs]
+            rows.append(reducer.reduce(replace(tokens, budgets=budgets)).patches)
         return Kept(torch.cat(rows).sort().values)

@@ -111,7 +111,7 @@ class Patches:
     Attributes
     ----------
     tokens
-        The patches, of spans of which the reducer chooses some.
+        The patches of the spans in which the reducer chooses.
     cuts
         These spans.
     features : Tensor, shape (m, d)

@@ -201,7 +201,7 @@ class Guard:
         await self.app(exchange.scope, exchange.receive, exchange.send)
 
     def refusal(self, error: Exception) -> RequestError | None:
-        """The answer to a request that failed with an error; None: the server's own answer."""
+        """The answer to a request that failed with an error; None: the answer of the server."""
         return error if isinstance(error, RequestError) else None
 
     def logs(self, exchange: Exchange) -> bool:

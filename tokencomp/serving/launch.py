@@ -66,7 +66,7 @@ def vllm_command(
         )
     if parsed.ratio_by_load and any(sets(flags, flag) for flag in ROLE_FLAGS):
         raise OptionError(
-            f"--ratio-by-load with {' or '.join(ROLE_FLAGS)}: every role would choose by its own "
+            f"--ratio-by-load with {' or '.join(ROLE_FLAGS)}: every role would choose by another "
             "load, and an item must have one ratio in all of them. Leave it out."
         )
     router_networks(routers)

@@ -12,7 +12,7 @@ A merged row has the digits of its size, the number of tokens that it represents
     | d features | size: high, low | offsets, if the engine takes positions of its rows |
 
 A row of text between the frames of a video has one offset for t, h and w, and no features: an
-encoder in its own process has no embeddings of text. In place of the offsets for h and w it has
+encoder in another process has no embeddings of text. In place of the offsets for h and w it has
 its token id, id = a · 256² + b · 256 + c, and 256, which is no digit, says so:
 
                       high digits   low digits

@@ -1,4 +1,4 @@
-"""Run engines in turn, each in its own process, as a child process of the tests.
+"""Run engines in turn, each in another child process of the tests.
 
 usage: python -m support.serving.roles_driver MODEL STEPS.json RESULTS.json
 

@@ -132,10 +132,10 @@ class Scored:
 
     def choose(self, index: ClipIndex, decode: Decode, question: str) -> Choice:
         if self.scorer is None:
-            own = "" if self.rule == "aks" else f', "{self.rule}"'
+            rule = "" if self.rule == "aks" else f', "{self.rule}"'
             raise OptionError(
                 f'frames="{self}": there is no scorer. In Python give '
-                f"Scored({self.count}, scorer{own}) of tokencomp.inputs.video.frames, where "
+                f"Scored({self.count}, scorer{rule}) of tokencomp.inputs.video.frames, where "
                 "scorer(frames, question) returns a number for every frame."
             )
         scorer = self.scorer

@@ -94,8 +94,8 @@ class ClipIndex:
         at = np.asarray(list(places), int)
         if self.times is None or not self.fps:
             return None
-        own = self.times[at]
-        return None if np.abs(own * self.fps - at).max(initial=0) < 0.5 else tuple(own.tolist())
+        times = self.times[at]
+        return None if np.abs(times * self.fps - at).max(initial=0) < 0.5 else tuple(times.tolist())
 
 
 def animation_index(shown: Sequence[float], codec: str) -> ClipIndex:

@@ -216,8 +216,8 @@ class CompressingModel:
         """Run the model; in a pipeline, sizes and positions of rows travel between the stages."""
         earlier = intermediate_tensors
         if earlier is not None:
-            own = STAGE.format("")
-            given = {n: x for n, x in earlier.tensors.items() if n.startswith(own)}
+            prefix = STAGE.format("")
+            given = {n: x for n, x in earlier.tensors.items() if n.startswith(prefix)}
             others = {n: x for n, x in earlier.tensors.items() if n not in given}
             self.take_stage_rows(given, positions)
             earlier = IntermediateTensors(others)

@@ -190,7 +190,7 @@ class Model(CompressingModel):
         )
 
     def stage_rows(self, positions: Tensor) -> dict[str, Tensor]:
-        """Also the corrected positions (n, 3), of which later stages have the base only."""
+        """Also the corrected positions (n, 3), while later stages have the base only."""
         rows = super().stage_rows(positions)
         return {**rows, STAGE.format("positions"): positions.T.contiguous()}
 

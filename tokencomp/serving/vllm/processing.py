@@ -125,7 +125,7 @@ class CompressingProcessor:
         if compares(spec) and getattr(self._multimodal, "mm_encoder_only", False):
             raise OptionError(
                 f"reducer {spec.built_reducer.name!r} compares the pictures of a request, and an "
-                "encoder in its own process gets them one by one. Use a reducer that takes a "
+                "encoder in another process gets them one by one. Use a reducer that takes a "
                 "ratio, or serve without --ec-transfer-config."
             )
         reason = self.no_tower_stage

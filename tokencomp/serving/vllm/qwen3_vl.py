@@ -4,7 +4,7 @@ Reducers see the features that enter the decoder. The features of intermediate v
 the kept tokens, as in `tokencomp.patch`. The number of kept tokens per frame is known only after
 the vision tower has run. A compressed video is therefore one run of placeholders, which the worker
 fills with the tokens of the frames, and with the timestamps and marks between them, in order and at
-their own positions. An encoder in another process hands on the ids of this text, and the decoder
+positions of text. An encoder in another process hands on the ids of this text, and the decoder
 embeds them. The engine's encoder cache holds all of these rows. The engine refuses a video if its
 kept tokens and its text together exceed the largest uncompressed item.
 """
@@ -105,7 +105,7 @@ class Model(mrope.Model):
         out = rows.new_zeros(len(ids), rows.shape[1])
         out[:, self.row_width + 1 :] = 1  # low digit of the size, where rows have one
         out[media.to(rows.device)] = rows
-        if isinstance(self.language_model, StageMissingLayer):  # an encoder in its own process
+        if isinstance(self.language_model, StageMissingLayer):  # an encoder in another process
             return torch.cat([out, with_text(offsets, ids, ~media).to(out)], dim=1)
         words = self.language_model.embed_input_ids(ids.to(rows.device))
         out[~media, : self.visual_dim] = words[~media]

@@ -75,7 +75,7 @@ def check_sender(fields: Mapping[str, Any], router: bool) -> None:
 
 
 def _transfers(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:
-    """Names and values of transfer parameters, and whether they are in their own field.
+    """Names and values of transfer parameters, and whether they are in the documented field.
 
     vLLM also takes them from `vllm_xargs`, and on one path from `extra_args` of its parameters.
     """
@@ -145,7 +145,7 @@ def check_transfer(prompt: Mapping[str, Any], params: Any) -> None:
     if params.get("do_remote_decode") and params.get("remote_block_ids"):
         raise RequestError(
             "remote_block_ids with do_remote_decode: blocks of an earlier turn on the decode "
-            "cannot be checked. Leave them out; the prefix cache of the prefill has its own."
+            "cannot be checked. Leave them out; the prefill holds such blocks in its prefix cache."
         )
     if not params.get("do_remote_prefill"):
         return
