@@ -249,11 +249,11 @@ def naive(
             member_index = torch.tensor(members, device=x.device)
             first = None
             if start is not None and given is None:
-                first = First(start[member_index][:, None])
+                first = FirstRows(start[member_index][:, None])
             elif start is not None and given is not None:
                 places = torch.tensor([first_pick[s] for s in members], device=x.device)[:, None]
                 own = start[places + torch.arange(count, device=x.device)]
-                first = First(own, given[member_index])
+                first = FirstRows(own, given[member_index])
             margins = x.new_zeros(len(members)) if margin is None else margin[member_index]
             order = _greedy(x[rows], count, weight, margins, first, metric, isolated, extra)
             for member, picks in zip(members, rows.gather(1, order), strict=True):
@@ -268,7 +268,7 @@ def read_starts(start: Tensor, given: Tensor, counts: list[int]) -> Tensor:
     return start.masked_fill(place.to(start.device) >= given.repeat_interleave(count), 0)
 
 
-class First(NamedTuple):
+class FirstRows(NamedTuple):
     """First choices of spans: rows ``(S, m)``, and how many of them count, ``(S,)``; None: all."""
 
     rows: Tensor
@@ -284,7 +284,7 @@ def _greedy(
     count: int,
     weight: Tensor | None,
     margin: Tensor,
-    first: First | None,
+    first: FirstRows | None,
     metric: str,
     isolated: bool,
     bonus: Tensor | None,
@@ -299,7 +299,7 @@ def _greedy(
     short = x.shape[1] <= MAX_GRAM_ROWS
     distance = measure.pairs(rows, rows) if short else None
     if isolated:
-        first = First(isolated_row(rows, measure, distance)[:, None])
+        first = FirstRows(isolated_row(rows, measure, distance)[:, None])
     elif first is None:
         if bonus is not None:
             start = first_best(bonus)
@@ -310,7 +310,7 @@ def _greedy(
             start = first_best(1 - (rows @ mean.mT).squeeze(2))
         else:
             start = first_best((x - x.mean(1, keepdim=True)).square().sum(2))
-        first = First(start[:, None])
+        first = FirstRows(start[:, None])
     weight = x.new_ones(x.shape[:2]) if weight is None else weight.to(x.dtype)
     bonus = torch.zeros_like(weight) if bonus is None else bonus.to(x.dtype)
     margin = margin.to(x.dtype)
@@ -340,7 +340,7 @@ def isolated_row(rows: Tensor, measure: Metric, distance: Tensor | None) -> Tens
 
 
 def _at_once(
-    distance: Tensor, weight: Tensor, margin: Tensor, first: First, count: int, bonus: Tensor
+    distance: Tensor, weight: Tensor, margin: Tensor, first: FirstRows, count: int, bonus: Tensor
 ) -> Tensor:
     """Take each step for all spans at once, from the distances ``(S, L, L)`` of their rows.
 

@@ -223,7 +223,7 @@ class Embedding:
 @pytest.mark.parametrize("offsets", [False, True])
 def test_sizes_reach_the_buffer_of_the_step(offsets: bool) -> None:
     """Under model runner V2 positions are corrected before, and the sizes stay until here."""
-    base = mrope.Model if offsets else CompressingModel
+    base = mrope.MRopeModel if offsets else CompressingModel
     model: Any = base.__new__(type("Tiny", (base, Embedding), {}))
     buffer = model._row_sizes = torch.full((9,), 5.0)
     torch.manual_seed(0)

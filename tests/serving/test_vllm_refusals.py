@@ -218,7 +218,7 @@ def test_positions_beyond_the_tables_are_refused(media: Any, positions: int, tak
     owner: Any = SimpleNamespace(info=SimpleNamespace(ctx=SimpleNamespace(model_config=model)))
     sizes = [ItemSize(1000, kept, far) for kept, far in media]
     with contextlib.nullcontext() if taken else pytest.raises(OptionError):
-        mrope.Processor.check_positions(owner, sizes)
+        mrope.MRopeProcessor.check_positions(owner, sizes)
 
 
 def test_media_from_a_cache_are_counted_without_their_plan() -> None:
@@ -256,7 +256,7 @@ def test_vision_batches_are_limited_by_uncompressed_rows() -> None:
 @pytest.mark.parametrize(
     ("settings", "kind"),
     [({"mm_encoder_attn_backend": "FLASHINFER"}, CompressingProcessor),
-     ({"mm_encoder_tp_mode": "data"}, CompressingProcessor), ({}, internvl.Processor)],
+     ({"mm_encoder_tp_mode": "data"}, CompressingProcessor), ({}, internvl.InternVLProcessor)],
 )  # fmt: skip
 def test_towers_that_cannot_be_shortened(settings: Any, kind: type) -> None:
     multimodal = SimpleNamespace(**settings)

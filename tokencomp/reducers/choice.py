@@ -147,14 +147,15 @@ class Patches:
             Further values per token, (m, …), by the field of `Tokens` or signal of the tower.
         """
         seen = [cut for cut in cuts if cut.chooses]
+        roles = needs_cells(cuts)
         counts = [cut.count - cut.fixed for cut in seen]
         budgets = [cut.keep - cut.fixed for cut in seen]
         values, patches, fixed = {"features": features, **(values or {})}, None, None
-        if cells is None and (numbers is not None or needs_cells(cuts)):
+        if cells is None and (numbers is not None or roles):
             cells = torch.from_numpy(cell_table(cuts)).to(features.device)
         if cells is not None and numbers is not None:
             values["index"] = cells = cells.index_select(0, numbers)
-        if cells is not None and needs_cells(cuts):
+        if cells is not None and roles:
             # A sort, because `nonzero` would wait for the device to read its length.
             by_role = cells.clamp(max=0).sort(descending=True, stable=True).indices
             stop = sum(counts) + sum(cut.keep for cut in cuts) - sum(budgets)

@@ -23,7 +23,7 @@ ENV_OFF = "TOKENCOMP_VLLM"
 LOADER = "tokencomp"  # name of `frames.ChosenFrames` among vLLM's loaders of videos
 TESTED_VERSIONS = ("0.32", "0.33")
 
-# Architecture → the module of this package with its mixins `Model` and `Processor`.
+# Architecture → the module of this package whose `MIXINS` extend vLLM's model and processor.
 MODELS = {
     "Glm4vForConditionalGeneration": "glm4v",
     "Glm4vMoeForConditionalGeneration": "glm4v",

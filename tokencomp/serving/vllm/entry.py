@@ -50,7 +50,7 @@ def check_version() -> None:
 def compressing(architecture: str, kind: str) -> type:
     """Return the compressing subclass of vLLM's class; `kind` is "Model" or "Processor"."""
     check_version()
-    mixin = getattr(import_module(f"tokencomp.serving.vllm.{MODELS[architecture]}"), kind)
+    mixin = import_module(f"tokencomp.serving.vllm.{MODELS[architecture]}").MIXINS[kind]
     stock = STOCK[architecture].load_model_cls()
     if kind == "Processor":
         stock = stock._processor_factory.processor

@@ -20,7 +20,7 @@ from tokencomp.serving.vllm import NO_TOWER_STAGE, mrope
 from tokencomp.tokens.tokens import VisualSpan
 
 
-class Processor(mrope.Processor):
+class Glm4vProcessor(mrope.MRopeProcessor):
     """Frames as spans."""
 
     no_tower_stage = NO_TOWER_STAGE["glm4v"]
@@ -35,7 +35,7 @@ class Processor(mrope.Processor):
         return [len(spans) * max(spans[0].grid) for spans in layouts]
 
 
-class Model(mrope.Model):
+class Glm4vModel(mrope.MRopeModel):
     """Positions of frames with text between them, for the dense and the MoE variants."""
 
     def finish_item(
@@ -69,3 +69,6 @@ class Model(mrope.Model):
         offsets = np.tile(np.arange(place.length) - done + frames * side, (3, 1))
         offsets[:, media] += inside
         return offsets, place.length - len(inside[0]) + t * side
+
+
+MIXINS = {"Model": Glm4vModel, "Processor": Glm4vProcessor}

@@ -15,7 +15,7 @@ from tokencomp.serving.vllm.processing import CompressingProcessor
 from tokencomp.tokens.tokens import VisualSpan
 
 
-class Processor(CompressingProcessor):
+class InternVLProcessor(CompressingProcessor):
     """An image is square tiles and a thumbnail in one run; every frame of a video is a tile.
 
     Text between frames, such as "Frame1: ", stays.
@@ -29,9 +29,12 @@ class Processor(CompressingProcessor):
         return [[item_span(modality, (1, side, side))] * n for n in tiles]
 
 
-class Model(CompressingModel):
+class InternVLModel(CompressingModel):
     """Tiles of all items are concatenated."""
 
     def pixel_rows(self, kwargs: Mapping[str, Any]) -> list[int]:
         modality = "image" if "image_num_patches" in kwargs else "video"
         return kwargs[f"{modality}_num_patches"].tolist()
+
+
+MIXINS = {"Model": InternVLModel, "Processor": InternVLProcessor}

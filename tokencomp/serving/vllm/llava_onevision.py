@@ -13,7 +13,7 @@ from tokencomp.serving.vllm.processing import CompressingProcessor
 from tokencomp.tokens.tokens import VisualSpan
 
 
-class Processor(CompressingProcessor):
+class LlavaOnevisionProcessor(CompressingProcessor):
     """An image: base tile, and mosaic with line breaks; a video: a grid, and one at its end."""
 
     no_tower_stage = NO_TOWER_STAGE["llava_onevision"]
@@ -57,5 +57,8 @@ class Processor(CompressingProcessor):
         return [item_span("video", (frames, side, side), [frames * side * side])]
 
 
-class Model(CompressingModel):
+class LlavaOnevisionModel(CompressingModel):
     """Reduces the rows of LLaVA-OneVision; positions need no work."""
+
+
+MIXINS = {"Model": LlavaOnevisionModel, "Processor": LlavaOnevisionProcessor}

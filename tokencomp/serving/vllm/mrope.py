@@ -23,9 +23,9 @@ from vllm.multimodal.utils import copy_mm_embedding_modality
 from tokencomp.serving.item_plan import ItemPlan, field_name
 from tokencomp.serving.offsets import OFFSETS, grid_offsets, split_offsets, with_offsets
 from tokencomp.serving.vllm.model import STAGE, CompressingModel
-from tokencomp.serving.vllm.mrope_processor import TABLE_FACTOR, Processor, time_factor
+from tokencomp.serving.vllm.mrope_processor import TABLE_FACTOR, MRopeProcessor, time_factor
 
-__all__ = ["Model", "Processor"]
+__all__ = ["MIXINS", "MRopeModel", "MRopeProcessor"]
 
 
 def _text(n: int, first: int) -> np.ndarray:
@@ -49,7 +49,7 @@ def lengthen_tables(model: nn.Module, length: int) -> None:
         table.cos_sin_cache = torch.cat([old, more.to(old)])
 
 
-class Model(CompressingModel):
+class MRopeModel(CompressingModel):
     """Model with M-RoPE, which adds the offsets of kept tokens to their base positions."""
 
     config: Any
@@ -209,3 +209,6 @@ class Model(CompressingModel):
             self._pending = None
             positions[:, rows.to(positions.device)] += offsets.to(positions)
         return super().forward(input_ids, positions, *args, **kwargs)
+
+
+MIXINS = {"Model": MRopeModel, "Processor": MRopeProcessor}

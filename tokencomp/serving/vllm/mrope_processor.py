@@ -23,7 +23,7 @@ def time_factor(config: Any, modality: str, inputs: Mapping[str, Any], item: int
     return float(per_second * (1.0 if seconds is None else float(seconds[item])))
 
 
-class Processor(CompressingProcessor):
+class MRopeProcessor(CompressingProcessor):
     """Every item is one t × h × w grid, whose extent in positions a compressed item keeps."""
 
     def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[VisualSpan]]:

@@ -37,7 +37,7 @@ def frame_offsets(media: np.ndarray, h: int, w: int) -> np.ndarray:
     return base + np.stack([np.zeros_like(inside), inside // w, inside % w])
 
 
-class Processor(mrope.Processor):
+class Qwen3VLProcessor(mrope.MRopeProcessor):
     """Videos as one run of placeholders."""
 
     def extents(self, modality: str, layouts: Any, hf_inputs: Any) -> list[int]:
@@ -57,7 +57,7 @@ class Processor(mrope.Processor):
         return PromptUpdateDetails.from_seq([pad] * (text + plan.kept))
 
 
-class Model(mrope.Model):
+class Qwen3VLModel(mrope.MRopeModel):
     """Deepstack features and the text between frames, for the dense and the MoE variant."""
 
     visual_dim: int
@@ -128,3 +128,6 @@ class Model(mrope.Model):
         if feature.modality == "image":
             return grid_offsets(grid, 1.0)
         return self._full_video(feature.data["timestamps"].data, grid)[0].numpy()
+
+
+MIXINS = {"Model": Qwen3VLModel, "Processor": Qwen3VLProcessor}
