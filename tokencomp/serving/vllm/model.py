@@ -73,7 +73,7 @@ class CompressingModel:
     visual: Any
     language_model: Any
     make_empty_intermediate_tensors: Any
-    _one_width: bool = False  # for all items, as connectors measure it once
+    _one_width: bool = False  # for all items: rows come from, or go to, other engines
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         options = server_options(vllm_config.model_config)

@@ -113,8 +113,8 @@ class Qwen3VLModel(mrope.MRopeModel):
 
     def media_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Embed the text between frames of an encoder, whose rows have ids and no features."""
-        if rows.shape[1] < self.row_width + OFFSETS:
-            return super().media_rows(rows)
+        if not self._one_width or rows.shape[1] < self.row_width + OFFSETS:
+            return super().media_rows(rows)  # rows of this process
         plain, offsets = super().media_rows(rows)
         offsets, ids, text = split_text(offsets)
         words = self.language_model.embed_input_ids(ids)
