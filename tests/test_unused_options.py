@@ -105,13 +105,13 @@ def test_reducers_of_the_tower_without_a_stage_there() -> None:
         handle.set(tower_ratio="auto")
 
 
-@pytest.mark.parametrize("amount", ["auto", 0.6])
+@pytest.mark.parametrize("amount", ["auto", 0.4])
 def test_requests_lower_the_stage_of_the_default(amount: Any) -> None:
     """A server's default is for its own ratio: a request at ratio 0 may leave it unnamed."""
     tower = {"tower_ratio": amount, "tower_reducer": "random"}
     server = ServerOptions.parse({"ratio": 0.75, "reducer": "uniform", **tower}, "hf")
     assert not server.resolve({"ratio": 0}, "hf").active
-    assert server.resolve({"ratio": 0.75}, "hf").dropped_cells == pytest.approx(0.6)
+    assert server.resolve({"ratio": 0.75}, "hf").dropped_cells == pytest.approx(0.4)
     for request in ({"ratio": 0, **tower}, {"tower_ratio": 0, "tower_reducer": "random"}):
         with pytest.raises(OptionError, match="has no effect"):
             server.resolve(request, "hf")

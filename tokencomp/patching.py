@@ -86,8 +86,9 @@ def patch(
         Fraction of the vision tower's work to remove, in [0, `ratio`]: the patches of this share of
         the visual tokens are dropped before the first block of the tower, and the decoder never
         gets those tokens. 0 = off. "auto": the tower keeps 1.6 times the tokens that the decoder
-        will see (0.6 at `ratio=0.75`). With a budget per item, which the Qwen families support,
-        only "auto" is allowed: the tower keeps at most 1.6 times the budget of each item.
+        will see, and at least 60 % (so 0.4 from `ratio=0.625` on). With a budget per item, which
+        the Qwen families support, only "auto" is allowed: the tower keeps at most 1.6 times the
+        budget of each item.
     tower_reducer
         Chooses what the tower keeps, from pixels: a name, a `Reducer`, or "auto".
     strict

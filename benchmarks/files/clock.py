@@ -59,7 +59,7 @@ else:
 """
 MODEL, PER_FRAME = "llava-onevision-0.5b", 196
 WORK = ((8, {}), (8, {"ratio": 0.75}), (32, {}), (32, {"ratio": 0.75}),
-        (32, {"ratio": 0.75, "tower_ratio": "auto"}))  # fmt: skip
+        (32, {"ratio": 0.75, "tower_ratio": 0.6}))  # fmt: skip
 """Frames, and the arguments of `tokencomp.patch`."""
 BEHIND = """
 import dataclasses, json, sys, time

@@ -177,7 +177,7 @@ def test_eval_and_tune_pass_all_parts_of_a_method_on(folder, tmp_path, evaluated
     given = (*TOWER_OPTIONS, "--ratio", "0.75")
     assert run("eval", "--model", folder, *given, "--no-baselines", *out) == 0
     assert evaluated[0].dropped_cells == 0
-    assert evaluated[1].dropped_cells == pytest.approx(0.6)
+    assert evaluated[1].dropped_cells == pytest.approx(0.4)
     assert evaluated[1].tower_reducer == "random"
     assert run(*tune, *given, "--json") == 0
     assert tried and all((s.tower_ratio, s.tower_reducer) == ("auto", "random") for s in tried)

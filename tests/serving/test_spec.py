@@ -53,7 +53,7 @@ TAKEN: list[tuple[tuple[str, ...], Any, Any, dict[str, Any]]] = [
     (("hf", "vllm"), TOWER, None, {"dropped_cells": 0.6}),
     (("hf", "vllm"), TOWER, {"ratio": 0.5}, {"dropped_cells": 0.5}),  # never above the ratio
     (("hf", "vllm"), TOWER, {"tower_ratio": 0.0}, {"dropped_cells": 0}),
-    (("hf", "vllm"), TOWER, {"tower_ratio": "auto"}, {"dropped_cells": pytest.approx(0.6)}),
+    (("hf", "vllm"), TOWER, {"tower_ratio": "auto"}, {"dropped_cells": pytest.approx(0.4)}),
     (("hf", "vllm"), TOWER, {"tower_reducer": "random"}, {"tower": "random"}),
     (("hf",), TOWER, {"budget": 8}, {"tower_stage": None}),
     (("hf", "vllm"), {**TOWER, "tower_ratio": "auto"}, {"budget": 8, "reducer": "uniform"},
