@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ import numpy as np
 from recipes.long.cells import token_labels
 from recipes.packing import Packer, stacked
 from recipes.tiny.batches import codec_noise, frames_of, spell
-from recipes.tiny.families.qwen2_vl import CELL
 from recipes.tiny.families.qwen3_vl import TinyQwen3VL
 from recipes.tiny.labels import place
 from tokencomp.training.steps import Phase
@@ -56,6 +56,8 @@ class LongStage(Phase):
         Pictures, or clips of ten frames, or twice as many as pairs of pictures.
     helpers : float
         Weight of the loss on what visual tokens show.
+    sides : tuple of int
+        Sides of pictures, in pixels.
     """
 
     shares: tuple[tuple[str, float], ...]
@@ -66,6 +68,7 @@ class LongStage(Phase):
     describe: float = 1.0
     batch: int = 12
     helpers: float = 0.0
+    sides: tuple[int, ...] = SIDE
 
 
 class Pictures(TinyQwen3VL):
@@ -102,7 +105,8 @@ class LongBatches:
         stage = self.stages[number]
         names, weights = zip(*stage.shares, strict=True)
         kind = str(rng.choice(names, p=np.asarray(weights) / sum(weights)))
-        shape, count = _shape(kind, rng, stage.batch)
+        shape, count = _shape(kind, rng, stage)
+        cell = self._cell(shape)
         frames, rows, labels, pages, cells = [], [], [], [], []
         for _ in range(count):
             scenes, segments = self.segments(kind, rng, shape, stage)
@@ -110,11 +114,11 @@ class LongBatches:
             rows.append([segment for _, segment in segments])
             labels.append([*(name for name, _ in segments), "spelling"])
             pages.append(scenes[0])
-            cells.append(token_labels(scenes))
+            cells.append(token_labels(scenes, cell))
         packed = self._packed(kind, shape, rows)
         if kind == "read":
             for row, page, named in zip(packed, pages, labels, strict=True):
-                spell(self.packer, CELL, row, page, "image", len(named) - 1)
+                spell(self.packer, cell, row, page, "image", len(named) - 1)
         return {
             **stacked(packed),
             "media": "video" if kind == "follow" else "image",
@@ -122,6 +126,11 @@ class LongBatches:
             "cells": np.stack(cells),
             "names": labels,
         }
+
+    def _cell(self, shape: tuple[int, int, int]) -> int:
+        """Side in pixels of the square that a visual token covers; pictures are squares."""
+        _, height, width = shape
+        return width // isqrt(self.packer.family.tokens_per("image", (1, height, width)))
 
     def _packed(self, kind: str, shape: tuple[int, int, int], rows: list[list[Segment]]) -> list:
         media = "video" if kind == "follow" else "image"
@@ -194,12 +203,15 @@ def _both(scenes: tuple[Scene, ...], _: Sequence[Fact]) -> list[tuple[str, str]]
 _PRIMERS = {"read": _next_words, "follow": _seconds, "compare": _both}
 
 
-def _shape(kind: str, rng: np.random.Generator, batch: int) -> tuple[tuple[int, int, int], int]:
+def _shape(
+    kind: str, rng: np.random.Generator, stage: LongStage
+) -> tuple[tuple[int, int, int], int]:
     """(frames, height, width) of one batch, and how many clips, pictures or pairs it has."""
+    batch = stage.batch
     if kind == "follow":
         frames = int(rng.choice(FRAMES))
         return (frames, CLIP_SIDE, CLIP_SIDE), min(batch, batch * 10 // frames)
-    side = SIDE[-1] if kind == "read" else int(rng.choice(SIDE))
+    side = stage.sides[-1] if kind == "read" else int(rng.choice(stage.sides))
     return (1, side, side), batch // 2 if kind == "compare" else batch
 
 

@@ -1,6 +1,7 @@
 """Train a tiny model that writes long answers, from the weights of an embedded model.
 
     python -m recipes.long.build
+    python -m recipes.long.build --model tiny-gemma3 --out build/long-gemma3
 
 Stop it at any time: the same command goes on where it stopped. The model comes to the ignored
 folder `build/long/`; `--start FOLDER` goes on from weights that are there.
@@ -14,7 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from recipes.long.train import RECIPE, START, LongTrainer, start
+from recipes.long.train import PLANS, START, LongTrainer, start
 from recipes.trainer import arguments
 from tokencomp.cli import one_message
 from tokencomp.evaluation.environment import environment
@@ -25,12 +26,14 @@ from tokencomp.storage import write_json
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "long"
 
 
-def write(trainer: LongTrainer, tokenizer: Any, folder: Path, finished: bool) -> None:
+def write(
+    trainer: LongTrainer, tokenizer: Any, folder: Path, finished: bool, model: str = START
+) -> None:
     """Weights as float16 beside the files of the start, with its new words; what training took."""
     from safetensors.torch import save_file
 
     ignored = shutil.ignore_patterns("tokencomp", "README.md", "metrics.json")
-    shutil.copytree(model_path(START), folder, dirs_exist_ok=True, ignore=ignored)
+    shutil.copytree(model_path(model), folder, dirs_exist_ok=True, ignore=ignored)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     added = {
         str(number): {
@@ -51,6 +54,7 @@ def write(trainer: LongTrainer, tokenizer: Any, folder: Path, finished: bool) ->
     state = {k: v.detach().half().contiguous() for k, v in trainer.model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     facts = {
+        "model": model,
         "seed": trainer.seed,
         "finished": finished,
         "steps": len(trainer.history),
@@ -64,17 +68,20 @@ def write(trainer: LongTrainer, tokenizer: Any, folder: Path, finished: bool) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=START, choices=[*PLANS], help="whose weights go on")
     parser.add_argument(
         "--start", type=Path, help="folder of a model with the words of the answers"
     )
-    parser.add_argument("--from-stage", default=RECIPE[0].name, help="first stage that is trained")
+    parser.add_argument("--from-stage", help="first stage that is trained")
     args = arguments(parser, FOLDER)
-    model, processor = load_folder(str(args.start)) if args.start else start()
-    first = [stage.name for stage in RECIPE].index(args.from_stage)
+    model, processor = load_folder(str(args.start)) if args.start else start(args.model)
+    plan = PLANS[args.model]
+    names = [stage.name for stage in plan.stages]
+    stages = plan.stages[names.index(args.from_stage or names[0]) :]
     args.out.mkdir(parents=True, exist_ok=True)
-    trainer = LongTrainer(model, processor.tokenizer, RECIPE[first:], args.out, args.seed)
+    trainer = LongTrainer(plan.family, model, processor.tokenizer, stages, args.out, args.seed)
     finished = trainer.run(args.stop_after)
-    write(trainer, processor.tokenizer, args.out / "model", finished)
+    write(trainer, processor.tokenizer, args.out / "model", finished, args.model)
 
 
 if __name__ == "__main__":

@@ -36,13 +36,16 @@ pictures: whether the place of a token is as before, or its object gone, new, re
 """
 
 
-def token_labels(scenes: tuple[Scene, ...]) -> np.ndarray:
-    """Labels of all visual tokens of pictures or a clip, int64 (tokens, parts and later parts)."""
+def token_labels(scenes: tuple[Scene, ...], cell: int = CELL) -> np.ndarray:
+    """Labels of all visual tokens of pictures or a clip, int64 (tokens, parts and later parts).
+
+    A token covers a square of `cell` px of a scene.
+    """
     first = scenes[0]
     if first.frames > 1:
-        shown = [_labels(first, PAIR * s, s) for s in range(first.frames // PAIR)]
+        shown = [_labels(first, PAIR * s, s, cell) for s in range(first.frames // PAIR)]
     else:
-        shown = [_labels(scene, 0.0, 0) for scene in scenes]
+        shown = [_labels(scene, 0.0, 0, cell) for scene in scenes]
     early = np.concatenate(shown)
     later = np.full((len(early), len(LATER)), UNCLEAR, np.int64)
     names = [*PARTS]
@@ -74,14 +77,14 @@ def _changes(scenes: tuple[Scene, ...]) -> np.ndarray:
     return out
 
 
-def _labels(scene: Scene, time: float, second: int) -> np.ndarray:
+def _labels(scene: Scene, time: float, second: int, cell: int) -> np.ndarray:
     """Labels of the tokens of one picture or one pair of frames."""
-    height, width = scene.height // CELL, scene.width // CELL
+    height, width = scene.height // cell, scene.width // cell
     row, column = np.indices((height, width))
     places = np.array(
         [
             [
-                place_number(((c + 0.5) * CELL, (r + 0.5) * CELL), scene.width, scene.height)
+                place_number(((c + 0.5) * cell, (r + 0.5) * cell), scene.width, scene.height)
                 for c in range(width)
             ]
             for r in range(height)
@@ -90,7 +93,7 @@ def _labels(scene: Scene, time: float, second: int) -> np.ndarray:
     color, shape, size = np.zeros_like(row), np.zeros_like(row), np.zeros_like(row)
     motion = np.full_like(row, UNCLEAR)
     for frame in range(PAIR if scene.frames > 1 else 1):
-        seen = cell_labels(scene, time + frame + 0.5 * (scene.frames > 1), CELL)
+        seen = cell_labels(scene, time + frame + 0.5 * (scene.frames > 1), cell)
         shown = seen["words"][..., 0] > 0
         unclear = (seen["words"][..., 0] == UNCLEAR) & (color == 0)
         color[shown], shape[shown] = seen["words"][shown].T
@@ -98,10 +101,10 @@ def _labels(scene: Scene, time: float, second: int) -> np.ndarray:
         motion[shown] = seen["motion"][shown]
         for r, c in zip(*shown.nonzero(), strict=True):
             dx, dy, wide = seen["box"][r, c, :3]
-            size[r, c] = 1 + int(wide * CELL > SMALL[1])
-            center = (c + 0.5 + dx) * CELL, (r + 0.5 + dy) * CELL
+            size[r, c] = 1 + int(wide * cell > SMALL[1])
+            center = (c + 0.5 + dx) * cell, (r + 0.5 + dy) * cell
             places[r, c] = place_number(center, scene.width, scene.height)
-    word = text_labels(scene, CELL)["word"] if scene.texts else np.zeros_like(row)
+    word = text_labels(scene, cell)["word"] if scene.texts else np.zeros_like(row)
     when = np.full_like(row, second if scene.frames > 1 else UNCLEAR)
     if scene.frames == 1:
         motion[:] = UNCLEAR

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,18 @@ from torch.utils.data import DataLoader, Dataset
 from recipes.long.batches import LongBatches, LongStage, Pictures
 from recipes.long.cells import LATER, PARTS
 from recipes.packing import Packer
-from recipes.tiny.families.qwen3_vl import batch_tower_attention
+from recipes.tiny.families import family
+from recipes.tiny.families.parts import Family
+from recipes.tiny.families.qwen3_vl import TinyQwen3VL, batch_tower_attention
 from recipes.tiny.losses import class_loss
 from recipes.tiny.muon import optimizers
 from recipes.trainer import Trainer, attend_by_products, text_inputs
 from tokencomp.engine.prompt import IGNORED
+from tokencomp.zoo.shapesqa.long_scenes import SIDE
 
 EARLY, LATE = 2, 6  # decoder layers whose hidden states of visual tokens say what these show
 RARE = {"color": 0.05, "shape": 0.05, "word": 0.05, "size": 0.05, "change": 0.1}
 """Weight of class 0, for labels that most visual tokens do not have."""
-START = "tiny-qwen3-vl-hard"
 WORDS = (
     *(f" {w}" for w in ["large", "upper", "lower", "center", "gone", "new", "now", "stays", "so"]),
     "upper",
@@ -54,6 +56,29 @@ RECIPE = (
         **RATES,
     ),
 )
+_PICTURES: dict[str, Any] = {"shares": (("picture", 1.0),), "sides": SIDE[:1], **RATES}
+STILL = (
+    LongStage("few", 250, most=6, primers=1.0, helpers=0.3, **_PICTURES),
+    LongStage("many", 650, primers=0.8, helpers=0.2, **_PICTURES),
+    LongStage("settle", 550, primers=0.4, describe=0.7, helpers=0.1, end=0.02, **_PICTURES),
+)
+"""One picture of one size is described and counted: Gemma 3 resizes all to 64 tokens."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model goes on to long answers."""
+
+    family: Family
+    stages: tuple[LongStage, ...]
+
+
+PLANS = {
+    "tiny-qwen3-vl-hard": Plan(Pictures(), RECIPE),
+    "tiny-gemma3": Plan(family("tiny-gemma3"), STILL),
+}
+"""By the embedded model whose weights training starts from."""
+START = next(iter(PLANS))
 
 
 class _Steps(Dataset):
@@ -70,10 +95,11 @@ class _Steps(Dataset):
 
 
 class LongTrainer(Trainer):
-    """Trains all of a tiny Qwen3-VL model."""
+    """Trains all of a tiny model of a family."""
 
     def __init__(
         self,
+        family: Family,
         model: Any,
         tokenizer: Any,
         stages: tuple[LongStage, ...],
@@ -84,10 +110,11 @@ class LongTrainer(Trainer):
     ) -> None:
         torch.manual_seed(seed)
         self.model, self.bf16 = model.float().train(), bf16
-        batch_tower_attention(model.model.visual)
+        if isinstance(family, TinyQwen3VL):
+            batch_tower_attention(model.model.visual)
         attend_by_products(model.model.language_model)
-        self.family = Pictures()
-        self.maker = LongBatches(Packer(tokenizer, self.family), seed, stages)
+        self.family = family
+        self.maker = LongBatches(Packer(tokenizer, family), seed, stages)
         decoder = model.model.language_model
         width = decoder.config.hidden_size
         self.cells = nn.Linear(width, sum(PARTS.values()))
@@ -95,9 +122,10 @@ class LongTrainer(Trainer):
         self._seen: dict[int, Tensor] = {}
         for layer in (EARLY, LATE):
             decoder.layers[layer].register_forward_hook(partial(self._keep, layer))
-        self._pads = torch.tensor([model.config.image_token_id, model.config.video_token_id])
+        pads = [family.placeholder(kind) for kind in family.kinds]
+        self._pads = torch.tensor(tokenizer.convert_tokens_to_ids(pads))
         heads = nn.ModuleDict({"cells": self.cells, "later": self.later})
-        vision = [*model.model.visual.parameters(), *heads.parameters()]
+        vision = [*family.vision_parameters(model), *heads.parameters()]
         trained = nn.ModuleDict({"model": model, **heads})
         super().__init__(
             stages,

@@ -6,8 +6,10 @@ import torch
 
 from recipes.long.batches import RATE, LongBatches, LongStage, Pictures
 from recipes.long.cells import LATER, PARTS, token_labels
-from recipes.long.train import start
-from recipes.packing import Packer
+from recipes.long.train import PLANS, start
+from recipes.packing import Packer, stacked
+from recipes.trainer import text_inputs
+from tokencomp import zoo
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.zoo.shapesqa.facts import PLACES
 from tokencomp.zoo.shapesqa.lettering import WORDS
@@ -50,15 +52,45 @@ def test_sequences_equal_what_users_get(loaded, kind):
         assert torch.equal(flat, inputs.get("pixel_values", inputs.get("pixel_values_videos")))
 
 
-def test_cells_name_the_object_in_their_middle():
-    names = [*PARTS, *LATER]
+def test_hidden_states_of_gemma3_equal_those_of_the_stock_forward_pass():
+    """Windows of attention and pictures that see all of themselves, in a packed row of answers."""
+    model, processor = start("tiny-gemma3")
+    arch = PLANS["tiny-gemma3"].family
+    packer = Packer(processor.tokenizer, arch)
+    one = next(one for k in range(9) if (one := item("train", "describe", k)).scenes[0].width < 280)
+    asked = [(one.question, one.answer), ("Count the red objects, step by step.", "so 0.")]
+    segments = [packer.segment("image", *pair) for pair in asked]
+    shape = (1, one.scenes[0].height, one.scenes[0].width)
+    batch = stacked([packer.pack("image", shape, segments, 400)])
+    media = [np.asarray(picture) for picture in one.media()]
+    pixels = arch.pixels(torch.as_tensor(np.stack(media))[:, None], "image")
+    with torch.no_grad():
+        packed = arch.hidden(model, {**text_inputs(batch), **pixels})[0]
+        for number, (question, answer) in enumerate(asked, 1):
+            inputs = dict(build_inputs(processor, [list(one.media())], [question]))
+            said = processor.tokenizer([answer], add_special_tokens=False, return_tensors="pt")
+            for name, more in (("input_ids", said["input_ids"]), ("attention_mask", 1)):
+                more = torch.as_tensor(more).expand(1, said["input_ids"].shape[1])
+                inputs[name] = torch.cat([inputs[name], more], 1)
+            rest = torch.zeros_like(said["input_ids"])
+            inputs["token_type_ids"] = torch.cat([inputs["token_type_ids"], rest], 1)
+            stock = model.model(**inputs).last_hidden_state[0]
+            (at,) = np.isin(batch["segment"][0], (0, number)).nonzero()
+            at = at[: len(stock)]
+            assert batch["ids"][0][at].tolist() == inputs["input_ids"][0].tolist()
+            torch.testing.assert_close(packed[at], stock, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cell", [CELL, 35])  # Gemma 3 has 8 × 8 tokens for 280 px too
+def test_cells_name_the_object_in_their_middle(cell):
+    names, side = [*PARTS, *LATER], cell
     for one in (item("train", "compare", k) for k in range(6)):
-        width = one.scenes[0].width // CELL
-        labels = token_labels(one.scenes).reshape(2, width, width, len(names))
+        width = one.scenes[0].width // side
+        labels = token_labels(one.scenes, side).reshape(2, width, width, len(names))
         for scene, shown in zip(one.scenes, labels, strict=True):
             for thing in scene.things:
                 x, y = thing.center()
-                cell = dict(zip(names, shown[int(y // CELL), int(x // CELL)], strict=True))
+                cell = dict(zip(names, shown[int(y // side), int(x // side)], strict=True))
                 row, column = int(y * 4 / scene.height), int(x * 3 / scene.width)
                 if not thing.small:  # a neighbour may cover more of a small one's cell
                     assert COLORS[cell["color"] - 1] == thing.color
@@ -110,15 +142,26 @@ def test_places_of_the_second_picture_are_labelled_with_their_change():
         assert found == said
 
 
-def test_batches_depend_on_their_number_alone(loaded):
-    _, processor = loaded
-    shares = (("picture", 0.3), ("read", 0.2), ("follow", 0.2), ("compare", 0.3))
+@pytest.mark.parametrize(
+    "name, shares",
+    [
+        (
+            "tiny-qwen3-vl-hard",
+            (("picture", 0.3), ("read", 0.2), ("follow", 0.2), ("compare", 0.3)),
+        ),
+        ("tiny-gemma3", (("picture", 0.5), ("read", 0.5))),
+    ],
+)
+def test_batches_depend_on_their_number_alone(name, shares):
+    _, processor = zoo.load(name)
+    family = PLANS[name].family
+    packer = Packer(processor.tokenizer, family)
+    pads = processor.tokenizer.convert_tokens_to_ids([family.placeholder(k) for k in family.kinds])
     stage = LongStage("x", 9, shares=shares, vision_lr=1.0, text_lr=1.0, batch=4)
-    maker = LongBatches(Packer(processor.tokenizer, Pictures()), 0, [stage])
-    again = LongBatches(Packer(processor.tokenizer, Pictures()), 0, [stage])
+    maker, again = LongBatches(packer, 0, [stage]), LongBatches(packer, 0, [stage])
     for step in (3, 1):
         first, second = maker.make(0, step), again.make(0, step)
         assert all(np.array_equal(first[k], second[k]) for k in first if k != "names")
         assert first["names"] == second["names"]
-        visual = np.isin(first["ids"], [883, 884]).sum(1)
+        visual = np.isin(first["ids"], pads).sum(1)
         assert (visual == first["cells"].shape[1]).all()
