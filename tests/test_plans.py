@@ -6,6 +6,7 @@ import json
 import math
 import random
 import warnings
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from support.families import FAMILIES, text
 
 import tokencomp
 from tokencomp import Plan, Reducer, Stage, errors, make_reducer
-from tokencomp.plan.counts import Budget, frame_budgets
-from tokencomp.plan.plan import LEAST
+from tokencomp.plan.counts import Budget, BudgetShare, frame_budgets
+from tokencomp.plan.plan import LEAST, keep_count
 from tokencomp.plan.schedules import by_item
 from tokencomp.tokens.tokens import VisualSpan
 
@@ -153,14 +154,22 @@ def test_a_missed_ratio_is_told_once() -> None:
         model(**inputs)
 
 
-def test_budgets_of_frames_against_exact_fractions() -> None:
-    """Shares in whole numbers of fractions, then one token at a time to the largest remainder."""
+def frames_to_share() -> Iterator[tuple[list[int], list[int], int, int]]:
+    """Weights, patches of every frame, budget, and least per frame."""
+    yield [5, 2, 5], [7, 3, 7], 10, 2  # frames 0 and 2 have a remainder of 2/3, and so has frame 1
+    yield [80, 32, 176], [80, 32, 176], 284, 0
     draw = random.Random(3)
     for _ in range(300):
         frames, least = draw.randint(1, 6), draw.randint(0, 2)
         weights = [draw.choice([0, 0, 1, 2, 5, 40]) for _ in range(frames)]
         most = [draw.randint(0, 7) for _ in range(frames)]
-        total = draw.randint(0, sum(most))
+        yield weights, most, draw.randint(0, sum(most)), least
+
+
+def test_budgets_of_frames_against_exact_fractions() -> None:
+    """Shares in whole numbers of fractions, then one token at a time to the largest remainder."""
+    for weights, most, total, least in frames_to_share():
+        frames = len(weights)
         base = [min(least, n) for n in most]
         if sum(base) > total:
             base = [0] * frames
@@ -175,6 +184,23 @@ def test_budgets_of_frames_against_exact_fractions() -> None:
             extra[min(left, key=lambda f: (extra[f], -remainder[f], f))] += 1
         expected = [a + b for a, b in zip(wanted, extra, strict=True)]
         assert frame_budgets([float(w) for w in weights], total, most, least) == expected
+
+
+def test_halves_of_a_token_are_rounded_up() -> None:
+    """In whole numbers; as floats, (1 - 0.07) · 250 is less than 232.5."""
+    for percent in range(1, 100):
+        for total in range(1, 600):
+            exact = (total * (100 - percent) + 50) // 100
+            assert keep_count(total, 1 - percent / 100) == max(1, exact)
+
+
+def test_an_item_keeps_its_whole_budget() -> None:
+    """Of every size; as floats, 98 · (2 / 98) is less than 2."""
+    for tokens in range(1, 120):
+        plan = Plan((Stage(0, 1.0, make_reducer("uniform"), budget=Budget(tokens)),))
+        for size in range(tokens, 121):
+            share = BudgetShare(size, (size,), 0)
+            assert plan.counts(VisualSpan(0, size, (1, 1, size)), 4, share) == [tokens]
 
 
 def test_a_whole_grid_after_a_budget() -> None:

@@ -127,6 +127,11 @@ def test_auto_drops_where_little_of_an_image_stays() -> None:
                 logits.append(model(**inputs).logits)
                 assert (handle.stats.merged_from == 0) == (merges and merge == "auto"), setting
         assert torch.equal(*logits) != merges
+    both, logits = family.batch([[family.image(0), text(3, 4)], [family.video(4), text(3, 4)]]), []
+    for merge in ("auto", False):
+        with torch.no_grad(), tokencomp.patch(model, 0.92, reducer="kcenter", merge=merge):
+            logits.append(model(**both).logits[:, -3:])
+    assert [torch.equal(*of_sample) for of_sample in zip(*logits, strict=True)] == [True, False]
 
 
 def test_after_the_tower() -> None:

@@ -99,15 +99,30 @@ def test_generating_without_a_cache(family: Family, reducer: Any) -> None:
 # -- prompts that end in media ---------------------------------------------------------------------
 
 
-def ends_in_media(family: Family, model: Any) -> dict[str, Tensor]:
-    """Prompts that end in a visual token, one of them without any text before it."""
-    inputs = family.batch([[text(4), family.image(0)], [family.image(1)]])
-    while int(inputs["input_ids"][0, -1]) not in (IMAGE, VIDEO):  # an end token after the image
+def ends_in_media(family: Family, model: Any, words: int = 0) -> dict[str, Tensor]:
+    """Prompts that end in a visual token, one of them without any text before it.
+
+    The other one ends in text of `words` tokens, if not 0.
+    """
+    after = [text(words)] if words else []
+    inputs = family.batch([[text(4), family.image(0), *after], [family.image(1)]])
+    while int(inputs["input_ids"][1, -1]) not in (IMAGE, VIDEO):  # an end token after the image
         inputs = {
             k: v[:, :-1] if k in ("input_ids", "attention_mask", "mm_token_type_ids") else v
             for k, v in inputs.items()
         }
     return {**inputs, "position_ids": family.positions(model, inputs)}
+
+
+def test_logits_of_media_are_no_drafts(family: Family) -> None:
+    """The last three columns of one prompt of the batch are visual, so the other has no drafts."""
+    model = family.build()
+    inputs, found = ends_in_media(family, model, words=8), []
+    with torch.no_grad(), tokencomp.patch(model, 0.6, reducer="fastv") as handle:
+        for count in (0, 3):
+            model(**inputs, logits_to_keep=count)
+            found.append(kept(handle, 2))
+    assert found[0] == found[1]
 
 
 # Entry and layer stages, with and without scores, and a stage at which all but the last leaves.

@@ -187,13 +187,19 @@ def test_lengths_of_keys_are_taken_before_rotation(name: str) -> None:
 
 @pytest.mark.parametrize("past", [7, 0])
 @pytest.mark.parametrize("side", ["previous", "next"])
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl"])
-def test_scores_between_layers(name: str, side: Any, past: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("qwen2_vl", "last"), ("qwen3_vl", "last"), ("llava_onevision", "last"),
+        ("internvl", "last"), ("qwen2_vl", "raters"), ("llava_onevision", "raters"),
+    ],
+)  # fmt: skip
+def test_scores_between_layers(name: str, rows: Any, side: Any, past: int) -> None:
     """Of the layer before or after the stage, among the tokens that have come as far as it."""
     family = FAMILIES[name]
     turns, spies = (
         TwoTurns(family, family.build("eager"), past),
-        [Spy(Attention("last", layer=side)) for _ in range(2)],
+        [Spy(Attention(rows, layer=side)) for _ in range(2)],
     )
     cuts = (2, 3)
     stats = turns.run(Plan(tuple(map(Stage, cuts, (0.6, 0.3), spies))))

@@ -50,18 +50,21 @@ def test_divprune(grid: tuple[int, int, int], keep: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("grid", "options"),
+    ("grid", "options", "relevant"),
     [
-        (GRIDS[0], {"power": 2.0, "margin": 0.1}),
-        (GRIDS[1], {"power": 1.0, "margin": 2.0}),
-        (GRIDS[2], {"power": 0.5, "margin": 0.0}),
-        (GRIDS[2], {}),
+        (GRIDS[0], {"power": 2.0, "margin": 0.1}, 30),
+        (GRIDS[1], {"power": 1.0, "margin": 2.0}, 48),
+        (GRIDS[2], {"power": 0.5, "margin": 0.0}, 36),
+        (GRIDS[2], {}, 36),
+        (GRIDS[2], {}, 3),
     ],
 )
-def test_condiv(grid: tuple[int, int, int], options: dict[str, float]) -> None:
-    """The last with the defaults of docs/decisions/0002-condiv-margin.md."""
+def test_condiv(grid: tuple[int, int, int], options: dict[str, float], relevant: int) -> None:
+    """Two with the defaults of docs/decisions/0002-condiv-margin.md, one of these with attention
+    to three tokens alone: four of those without any are kept by their distance."""
     power, margin = options.get("power", 1.0), options.get("margin", 0.2)
     given = matrix.tokens(grid)
+    given.scores[relevant:] = 0.0
     x = given.features.double().tolist()
     scores = given.scores.tolist()
     weights = [max(s / max(scores), 1e-3) ** power for s in scores]

@@ -124,3 +124,14 @@ def test_holov(grid: tuple[int, int, int], keep: int) -> None:
     for part, count in zip(parts, budgets, strict=True):
         places += best({i: attention[i] for i in part}, count)
     assert kept("holov", given, places)
+
+
+def test_holov_rounds_shares_of_crops_down() -> None:
+    """Of mean attention 2/3, 5/3 and 1: exact shares of 5 tokens are 1, 5/2 and 3/2.
+
+    As floats, the first is less than 1. The token that is left goes to the crop of most attention.
+    """
+    given = matrix.tokens((1, 3, 3))
+    rows = [1, 0.75, 0.25], [3, 1.25, 0.75], [2, 0.75, 0.25]
+    given.tower[TOWER_ATTENTION] = torch.tensor(rows).flatten()
+    assert kept("holov", given, [0, 3, 4, 5, 6])

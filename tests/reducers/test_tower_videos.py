@@ -51,7 +51,7 @@ def test_fastvid(grid: tuple[int, int, int], least: int, share: float) -> None:
     t, n = grid[0], grid[1] * grid[2]
     keep = round(share * t * n)
     each = evenly(keep, [n] * t)
-    context = [int(k * 0.4 + 1e-9) for k in each]
+    context = [k * 2 // 5 for k in each]
     rows: Rows = []
     for frames in cut(x, n, least):
         salient = {f: each[f] - context[f] for f in frames}
@@ -242,7 +242,7 @@ def test_flashvid(grid: tuple[int, int, int], least: int, event: bool, share: fl
         free = {i for f in frames for i in range(f * n, f * n + n)}
         left = 0
         for f in frames:
-            own, count = [*range(f * n, f * n + n)], math.ceil(0.7 * each[f] - 1e-9)
+            own, count = [*range(f * n, f * n + n)], -(-7 * each[f] // 10)
             left += each[f] - count
             weight = {i: attention[i] for i in own}
             if event:

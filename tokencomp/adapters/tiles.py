@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -92,11 +91,6 @@ class TileAdapter(StructuralAdapter):
         return Encoding([tile] * (int((call.modalities == CODES[modality]).sum()) // tile))
 
 
-def shrunk(side: int, factor: float) -> int:
-    """Side of a grid after pixel shuffle by `factor`."""
-    return math.floor(side * factor + 1e-6)
-
-
 @register_adapter
 class InternVLAdapter(TileAdapter):
     """Tiles by aspect ratio, then a thumbnail, in one run; frames of a video are single tiles.
@@ -115,7 +109,7 @@ class InternVLAdapter(TileAdapter):
 
     @property
     def tile_side(self) -> int:
-        return shrunk(self.patches_per_side, self.model.config.downsample_ratio)
+        return round(self.patches_per_side * float(self.model.config.downsample_ratio))
 
 
 @register_adapter
@@ -146,4 +140,4 @@ class SmolVLMAdapter(TileAdapter):
 
     @property
     def tile_side(self) -> int:
-        return shrunk(self.patches_per_side, 1 / self.model.config.scale_factor)
+        return self.patches_per_side // int(self.model.config.scale_factor)

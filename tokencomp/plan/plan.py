@@ -290,8 +290,7 @@ class Plan:
             )
         first = self.tower.budget if self.tower else None
         budgets = [b.tokens for b in (first, *(s.budget for s in self.stages)) if b]
-        fixed = all(s.from_mean is None for s in self.stages)
-        if fixed and budgets != sorted(budgets, reverse=True):
+        if budgets != sorted(budgets, reverse=True):
             raise PlanError(f"stage budgets {budgets}: expected numbers that do not grow.")
 
     def _check_fractions(self, modality: str | None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokencomp.reducers import Kept, Published, Tokens, Traits, register_reducer
 from tokencomp.reducers.base import best_rows, finite_features
-from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, starts_of
+from tokencomp.tokens.stacks import HostIndex, Stack, by_stack
 from tokencomp.tokens.tokens import evenly
 
 
@@ -75,18 +75,11 @@ def dissimilarity(tokens: Tokens, similarity: Tensor, fixed: list[HostIndex]) ->
 
 
 def previous_similarity(tokens: Tokens, x: Tensor) -> Tensor:
-    """s_{t,p} of every patch, float32, shape (n,); -inf in first frames. Spans must be whole."""
+    """s_{t,p} of every patch, float32, shape (n,), of whole spans; first frames have no meaning."""
     from tokencomp.kernels import nearest_previous_frame
 
-    grids = tokens.grids
-    firsts = starts_of([t for t, *_ in grids])[:-1]
-
-    def of_stack(frames: HostIndex, _: Stack, rows: Tensor) -> Tensor:
-        similarity: Tensor = nearest_previous_frame(rows[:, None])[:, 0]
-        # The kernel takes the frames for one video, and masks only its first frame.
-        first = np.flatnonzero(np.isin(frames, firsts))
-        if len(first) == 1:
-            return similarity
-        return similarity.index_fill_(0, tokens.table(first), -torch.inf)
+    def of_stack(_: HostIndex, stack: Stack, rows: Tensor) -> Tensor:
+        similarity: Tensor = nearest_previous_frame(rows[:, None])[:, 0]  # as frames of one video
+        return similarity
 
     return by_stack(tokens.frame_lengths(), of_stack, x, limit=math.inf)

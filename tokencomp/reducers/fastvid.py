@@ -87,7 +87,7 @@ def frame_counts(lengths: list[int], budget: int, n: int) -> tuple[list[int], li
     `lengths` are the frames of every segment.
     """
     each = split_evenly(budget, [n] * sum(lengths))
-    context = [int(count * CONTEXT + 1e-9) for count in each]
+    context = [int(count * CONTEXT) for count in each]
     salient = [count - part for count, part in zip(each, context, strict=True)]
     of_anchors, first = [0] * len(each), 0
     for length in lengths:

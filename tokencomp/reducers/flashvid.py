@@ -72,7 +72,7 @@ class FlashVid(Reducer):
         for cosines, budget, (t, h, w) in spans:
             lengths += segments(cosines, TAU, self.least)
             each += split_evenly(budget, [h * w] * t)
-        diverse = [math.ceil(count * ALPHA - 1e-9) for count in each]
+        diverse = [math.ceil(count * ALPHA) for count in each]
         by_frame = [(1, h, w) for t, h, w in grids for _ in range(t)]
         frames = replace(tokens, grids=by_frame, lengths=tokens.frame_lengths(), budgets=diverse)
         if self.event:
