@@ -2,6 +2,8 @@
 
     python -m benchmarks.long answer              # → images.json, clips.json
     python -m benchmarks.long forced              # → forced.json
+    python -m benchmarks.long confirm renderer    # → other-renderer.json
+    python -m benchmarks.long confirm family --model FOLDER   # → second-family.json
     python -m benchmarks.long page                # → README.md, results.csv
     python -m benchmarks.long choice              # → choice.md, choice.csv, choice.json
     python -m benchmarks.long answer --split validation --only auto condiv kcenter
@@ -21,6 +23,7 @@ from benchmarks import publishing
 from benchmarks.experiment import write
 from benchmarks.long import choice, forced
 from benchmarks.long.answers import add_answers, items_of
+from benchmarks.long.confirm import CONFIRMATIONS, confirm
 from benchmarks.long.page import FOLDER, MODEL, files
 from benchmarks.long.settings import CHOICE_RATIOS, KINDS, MERGED, RATIOS
 from benchmarks.long.stored import Answers, pack, path_of
@@ -39,7 +42,8 @@ CONTINUED = ("auto", "kcenter", "condiv", "fastv", "uniform")
 
 def main() -> None:
     parser = publishing.parser(__doc__, FOLDER, report=False)
-    parser.add_argument("what", choices=("answer", "forced", "page", "choice"))
+    parser.add_argument("what", choices=("answer", "forced", "confirm", "page", "choice"))
+    parser.add_argument("name", nargs="?", choices=[*CONFIRMATIONS], help="what confirms")
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--model", default=MODEL, help="embedded model, or a folder")
     parser.add_argument("--kinds", nargs="*", default=[*KINDS], choices=[*KINDS])
@@ -53,6 +57,11 @@ def main() -> None:
         answer(args)
     elif args.what == "forced":
         write_forced(args)
+    elif args.what == "confirm":
+        if args.name is None:
+            parser.error(f"confirm what? One of {', '.join(CONFIRMATIONS)}.")
+        facts = publishing.published_from(args.out, args.allow_dirty)
+        confirm(args.name, _loaded(args.model), args.out, BUILD / "runs", args.batch, facts)
     else:
         write(choice.files(args.out) if args.what == "choice" else files())
 

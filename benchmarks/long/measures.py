@@ -8,10 +8,10 @@ from functools import cached_property
 
 import numpy as np
 
-from benchmarks.long.settings import KINDS
+from benchmarks.long.settings import KINDS, RATIOS, method_of
 from benchmarks.long.stored import Answers
 from tokencomp.evaluation.metrics import Retention, retention
-from tokencomp.evaluation.settings import FULL
+from tokencomp.evaluation.settings import FULL, RANDOM
 from tokencomp.zoo.shapesqa.facts import Comparison, compare, read
 from tokencomp.zoo.shapesqa.long_scenes import LongItem, item
 
@@ -27,6 +27,18 @@ def item_of(name: str) -> LongItem:
     """The item of an id."""
     split, family, index = name.split("-")
     return item(split, family, int(index))
+
+
+def methods_of(answers: Answers, kind: str) -> dict[str, dict[float, list[str]]]:
+    """By method and ratio: the labels of its settings, which are several for `random`."""
+    found: dict[str, dict[float, list[str]]] = {}
+    for label in answers.texts[kind]:
+        if label == FULL:
+            continue
+        ratio = next(r for r in RATIOS if str(r) in label.split("-"))
+        method = RANDOM if label.startswith(f"{RANDOM}-") else method_of(label)
+        found.setdefault(method, {}).setdefault(ratio, []).append(label)
+    return found
 
 
 @dataclass(frozen=True)

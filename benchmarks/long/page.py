@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.experiment import Files
-from benchmarks.long import forced_page
-from benchmarks.long.measures import LENGTHS, PLACES, Group, by_length, by_place
+from benchmarks.long import confirm_page, forced_page
+from benchmarks.long.confirm import CONFIRMATIONS
+from benchmarks.long.measures import LENGTHS, PLACES, Group, by_length, by_place, methods_of
 from benchmarks.long.settings import (
-    COVERING,
     DEFAULT,
     IMAGE_FAMILIES,
     KINDS,
     MIDDLE,
-    QUESTION,
     RATIOS,
-    method_of,
+    group_name,
 )
 from benchmarks.long.stored import Answers
 from benchmarks.publishing import csv_text, provenance, read, table
-from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES, FULL, RANDOM, UNIFORM
+from tokencomp.evaluation.settings import DOWNSCALE, FULL, RANDOM, UNIFORM
 
 FOLDER = Path(__file__).resolve().parent
 MODEL = "tiny-qwen3-vl-long"
-BASELINES = (RANDOM, UNIFORM, DOWNSCALE, FEWER_FRAMES)
 SHOWN = 4
 """Methods of a kind in the tables of details, the best at 0.75 first."""
 
@@ -34,23 +32,16 @@ def files() -> Files:
     """The page and all numbers, from the stored answers."""
     answers, path = Answers.of(FOLDER, "test"), FOLDER / "forced.json"
     forced = read(path) if path.exists() else None
+    again = {
+        name: Answers.read(FOLDER / how.file)
+        for name, how in CONFIRMATIONS.items()
+        if (FOLDER / how.file).exists()
+    }
     rows = records(answers)
     return {
         FOLDER / "results.csv": csv_text(rows),
-        FOLDER / "README.md": page(answers, forced, rows, MODEL),
+        FOLDER / "README.md": page(answers, forced, rows, MODEL, again),
     }
-
-
-def methods_of(answers: Answers, kind: str) -> dict[str, dict[float, list[str]]]:
-    """By method and ratio: the labels of its settings, which are several for `random`."""
-    found: dict[str, dict[float, list[str]]] = {}
-    for label in answers.texts[kind]:
-        if label == FULL:
-            continue
-        ratio = next(r for r in RATIOS if str(r) in label.split("-"))
-        method = RANDOM if label.startswith(f"{RANDOM}-") else method_of(label)
-        found.setdefault(method, {}).setdefault(ratio, []).append(label)
-    return found
 
 
 def records(answers: Answers) -> list[dict[str, Any]]:
@@ -85,18 +76,6 @@ def _ranked(rows: Sequence[dict[str, Any]], kind: str, family: str) -> list[str]
 def _row(rows: Sequence[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
     """The one row with these values; empty where a method was not asked at a ratio."""
     return next((r for r in rows if all(r[k] == v for k, v in wanted.items())), {})
-
-
-def group_name(method: str) -> str:
-    """What a method reads, in words."""
-    name = method.split(" ")[0]
-    if name == DEFAULT:
-        return "default"
-    if name in BASELINES:
-        return "baseline"
-    if name in QUESTION:
-        return "question"
-    return "covering" if name in COVERING else "tower"
 
 
 def _main_table(rows: Sequence[dict[str, Any]], kind: str) -> str:
@@ -212,7 +191,11 @@ def _short(answers: Answers, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def page(
-    answers: Answers, forced: dict[str, Any] | None, rows: Sequence[dict[str, Any]], model: str
+    answers: Answers,
+    forced: dict[str, Any] | None,
+    rows: Sequence[dict[str, Any]],
+    model: str,
+    again: Mapping[str, Answers],
 ) -> str:
     """The page, in Markdown."""
     count = {kind: len(ids) for kind, ids in answers.ids.items()}
@@ -242,8 +225,10 @@ def page(
         parts += [f"**{kind.capitalize()}**\n", _errors(answers, rows, kind), ""]
     if forced is not None:
         parts += [forced_page.section(forced)]
+    parts += [confirm_page.section(name, answers, here) for name, here in again.items()]
     parts += ["## Provenance\n", *(f"- {provenance(about)}" for about in answers.about)]
     parts += [f"- {provenance(about)}" for about in (forced or {"about": []})["about"]]
+    parts += [f"- {provenance(about)}" for here in again.values() for about in here.about]
     return "\n".join(parts) + "\n"
 
 

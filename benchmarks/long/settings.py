@@ -47,3 +47,15 @@ def method_of(label: str) -> str:
     name, *rest = label.split("-")
     options = ", ".join(part for part in rest if not part.replace(".", "").isdigit())
     return f"{name} ({options})" if options else name
+
+
+def group_name(method: str) -> str:
+    """What a method reads, in words."""
+    name = method.split(" ")[0]
+    if name == DEFAULT:
+        return "default"
+    if name in (*BASELINES, FEWER_FRAMES):
+        return "baseline"
+    if name in QUESTION:
+        return "question"
+    return "covering" if name in COVERING else "tower"

@@ -58,9 +58,9 @@ RECIPE = (
 )
 _PICTURES: dict[str, Any] = {"shares": (("picture", 1.0),), "sides": SIDE[:1], **RATES}
 STILL = (
-    LongStage("few", 250, most=6, primers=1.0, helpers=0.3, **_PICTURES),
-    LongStage("many", 650, primers=0.8, helpers=0.2, **_PICTURES),
-    LongStage("settle", 550, primers=0.4, describe=0.7, helpers=0.1, end=0.02, **_PICTURES),
+    LongStage("few", 200, most=6, primers=1.0, helpers=0.3, **_PICTURES),
+    LongStage("many", 300, primers=0.8, helpers=0.2, **_PICTURES),
+    LongStage("settle", 250, primers=0.4, describe=0.7, helpers=0.1, end=0.02, **_PICTURES),
 )
 """One picture of one size is described and counted: Gemma 3 resizes all to 64 tokens."""
 

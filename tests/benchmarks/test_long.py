@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks import publishing
-from benchmarks.long import choice, forced, page
+from benchmarks.long import choice, confirm_page, forced, page
+from benchmarks.long.confirm import CONFIRMATIONS
 from benchmarks.long.measures import Group, by_length, by_place
 from benchmarks.long.settings import KINDS, RATIOS, methods
 from benchmarks.long.stored import Answers, pack, path_of
@@ -158,6 +159,43 @@ def test_the_page_shows_what_is_stored(monkeypatch, tmp_path):
     assert float(by_method["images", "all", "condiv", "0.9"]["retention"]) == 1
     assert "| auto | 50.0% | 50.0% | 50.0% |" in text
     assert "| *full cache, rows by fact* | 100.0% | 100.0% | 100.0% |" in text
+
+
+def test_confirmed_orders():
+    """Of three methods that lose one, two and three facts, one of the differences is turned."""
+    families = ("describe", "count")
+    items = [item("validation", family, k) for family in families for k in range(40)]
+
+    def stored(lost):
+        texts = {FULL: [one.answer for one in items]}
+        for method, count in lost.items():
+            for ratio in RATIOS:
+                texts[Setting(method, ratio).label] = [
+                    write(one.family, one.facts[: max(0, len(one.facts) - count)]) for one in items
+                ]
+        out = Answers()
+        out.add("images", [one.id for one in items], texts, dict.fromkeys(texts, 0.5), ABOUT)
+        return out
+
+    first = stored({"random": 0, "auto": 1, "condiv": 2, "kcenter": 3, "fastv": 4})
+    same = confirm_page.section("family", first, first)
+    assert "| auto − kcenter | 0.5 |" in same and "fastv | 0.5" not in same.split("same order?")[1]
+    assert "order is the same" in same and "In 9 the signs are equal" in same
+    tied = stored({"auto": 1, "condiv": 1, "kcenter": 3, "fastv": 4})
+    text = confirm_page.section("family", first, tied)
+    assert (
+        "order is the same" in text and "In 6 the signs are equal" in text and "3 are open" in text
+    )
+    turned = stored({"auto": 2, "condiv": 1, "kcenter": 3, "fastv": 4})
+    text = confirm_page.section("family", first, turned)
+    assert "order is not the same**: 3 differences" in text and "0 are open" in text
+
+
+def test_confirmations_ask_about_pictures_of_their_sides():
+    for how in CONFIRMATIONS.values():
+        items = how.items("validation", each=3)
+        assert [one.family for one in items] == [f for f in how.families for _ in range(3)]
+        assert {one.scenes[0].width for one in items} <= {*how.sides}
 
 
 def test_every_setting_has_a_label_of_its_own():
