@@ -89,7 +89,7 @@ def test_hidden_text(family: Family) -> None:
         got = model(**inputs, position_ids=where, use_cache=False).logits
         masks = oracle.kept_columns(handle, inputs, family.layers)
     seen = masks[-1]
-    with torch.no_grad(), oracle.layer_masks(model, family, masks):
+    with torch.no_grad(), oracle.masked(model, family, masks):
         full = model(**inputs, position_ids=where, use_cache=False).logits
     torch.testing.assert_close(got[seen], full[seen], atol=1e-4, rtol=1e-4)
 
@@ -176,7 +176,7 @@ def test_a_mask_says_that_prompts_are_not_packed(family: Family) -> None:
     with torch.no_grad(), tokencomp.patch(model, plan=plans.make("both", family.layers)) as handle:
         found = model(**inputs, use_cache=False).logits
         masks = oracle.kept_columns(handle, inputs, family.layers)
-    with torch.no_grad(), oracle.layer_masks(model, family, masks):
+    with torch.no_grad(), oracle.masked(model, family, masks):
         full = model(**inputs, use_cache=False).logits
     torch.testing.assert_close(found[masks[-1]], full[masks[-1]], atol=1e-4, rtol=0)
 

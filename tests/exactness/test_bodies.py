@@ -55,7 +55,7 @@ def test_states_of_a_body(family: Family) -> None:
             with pytest.raises(OptionError, match="last batch"):
                 handle.stats.pooling_mask(mask[:1])
         positions = family.positions(model, inputs)
-        with oracle.layer_masks(model, family, masks):
+        with oracle.masked(model, family, masks):
             full = body(**inputs, position_ids=positions, use_cache=False)[0]
         assert torch.equal(body(**inputs)[0], plain)
     assert hooks_of(model) == clean
@@ -134,7 +134,7 @@ def test_page_vectors(build: Any) -> None:
             for hook in hooks:
                 hook.remove()
         else:
-            with oracle.layer_masks(model, family, masks):
+            with oracle.masked(model, family, masks):
                 full = model(**inputs, **extra).embeddings
         assert hooks_of(model) == clean
         real, left = inputs["attention_mask"].bool(), masks[-1]
@@ -186,8 +186,7 @@ def test_direct_calls_are_compressed(name: str) -> None:
             assert handle.stats.ratio > 0.3
             torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
     assert hooks_of(model) == clean
-    expect = oracle.typed_logits if name in HYBRID else oracle.masked_logits
-    full, seen = expect(model, family, inputs, masks), masks[-1]
+    full, seen = oracle.masked_logits(model, family, inputs, masks), masks[-1]
     torch.testing.assert_close(expected[seen], full[seen], atol=5e-5, rtol=1e-5)
 
 

@@ -63,7 +63,7 @@ class Chat:
 
     def expected(self, merged: oracle.Merged | None = None) -> Tensor:
         """Logits of the masked full-length run; the model must not be patched."""
-        return oracle.typed_logits(
+        return oracle.masked_logits(
             self.model, self.family, self.inputs, self.masks, self.new, merged
         )[:, self.width :]
 
@@ -185,7 +185,7 @@ def test_a_crop_reaches_into_padding(name: str, merge: Any) -> None:
         found = model(**turn, past_key_values=cache, use_cache=True).logits
     merged = None if not merge else oracle.Merged(handle)
     short = family.batch([[text(3), image, more[:-6]]])
-    expected = oracle.typed_logits(model, family, short, masks, new[:1], merged)[:, left:]
+    expected = oracle.masked_logits(model, family, short, masks, new[:1], merged)[:, left:]
     alone = model(new[1:], use_cache=False).logits  # of the shorter sample nothing is left
     assert (found - torch.cat([expected.float(), alone])).abs().max() < 5e-5
 

@@ -115,7 +115,7 @@ def test_outputs_have_full_length(family: Family, name: str) -> None:
         logits = model(**inputs, use_cache=False).logits
         states = model(**inputs, **call, logits_to_keep=1).hidden_states
         masks = oracle.kept_columns(handle, inputs, family.layers)
-    with torch.no_grad(), oracle.layer_masks(model, family, masks):
+    with torch.no_grad(), oracle.masked(model, family, masks):
         full = model(**inputs, **call, position_ids=family.positions(model, inputs))
     assert logits.shape == full.logits.shape
     assert oracle.difference(logits, oracle.repeated(full.logits, masks[-1])) < 1e-5

@@ -45,10 +45,10 @@ def check(family: Family, backend: str = "sdpa", steps: int = 4, **setting: Any)
     model, inputs = family.build(backend), ragged(family)
     handle, out, masks = oracle.generated(model, family, inputs, steps, **setting)
     merged = oracle.Merged(handle) if setting.get("merge") else None
-    away = oracle.deviation(model, family, inputs, out, masks, merged, oracle.typed_logits)
+    away = oracle.deviation(model, family, inputs, out, masks, merged)
     assert away < TOLERANCE
     if merged is not None:  # the weights matter
-        plain = oracle.deviation(model, family, inputs, out, masks, expect=oracle.typed_logits)
+        plain = oracle.deviation(model, family, inputs, out, masks)
         assert plain > 1e-3
     return handle, out.logits[0], model(**inputs).logits[:, -1]
 
@@ -130,12 +130,10 @@ def test_second_image(family: Family) -> None:
         found = model(**turn, **{oracle.cache_name(out): oracle.cache_of(out)}).logits[:, -1]
         more = oracle.kept_columns(handle, second, family.layers)
     both = [torch.cat(pair, 1) for pair in zip(masks, more, strict=True)]
-    model.set_attn_implementation("eager")
-    decoder = family.decoder(model)
     with torch.no_grad():
-        with oracle.hidden_columns(decoder, masks):
+        with oracle.masked(model, family, masks):
             out = model(**first, position_ids=positions, use_cache=True)
-        with oracle.hidden_columns(decoder, both):
+        with oracle.masked(model, family, both):
             cache = {oracle.cache_name(out): oracle.cache_of(out)}
             expected = model(**turn, **cache).logits[:, -1]
     assert oracle.difference(found, expected) < TOLERANCE
@@ -154,7 +152,7 @@ def test_videos(family: Family) -> None:
     _, rows, columns = spans[-1].grid  # two frames of two videos
     assert sum(s.visual for s in spans if s.modality == "video") == 4 * rows * columns
     assert all(s.grid_known for s in spans)
-    away = oracle.deviation(model, family, inputs, out, masks, expect=oracle.typed_logits)
+    away = oracle.deviation(model, family, inputs, out, masks)
     assert away < TOLERANCE
 
 

@@ -205,7 +205,7 @@ def test_gradients_flow_through_a_cache(way: str) -> None:
     exact.set_attn_implementation("eager")
     whole = {k: v.double() if v.is_floating_point() else v for k, v in talk.whole.items()}
     talk.merged.sizes = torch.ones(whole["input_ids"].shape, dtype=torch.float64)
-    with oracle.layer_masks(exact, family, talk.masks, talk.merged):
+    with oracle.masked(exact, family, talk.masks, talk.merged):
         logits = exact(**whole, position_ids=talk.positions, use_cache=False).logits
     logits[:, -talk.found[1].shape[1] :].square().sum().backward()
     assert len(found) > 20

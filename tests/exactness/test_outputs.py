@@ -41,7 +41,7 @@ def test_maps_are_those_of_the_masked_run(family: Family, name: str) -> None:
     with torch.no_grad(), tokencomp.patch(model, plan=plans.make(name, family.layers)) as handle:
         found = model(**inputs, **options).attentions
         masks = oracle.kept_columns(handle, inputs, family.layers)
-    with torch.no_grad(), oracle.layer_masks(model, family, masks):
+    with torch.no_grad(), oracle.masked(model, family, masks):
         full = model(**inputs, **options).attentions
     check_maps(found, full, masks)
     queries = found[-1].transpose(1, 2).flatten(2)
@@ -69,7 +69,7 @@ def test_maps_of_decoders_with_linear_layers(name: str, layer: int) -> None:
     with torch.no_grad(), tokencomp.patch(model, plan=plan) as handle:
         found = model(**inputs).attentions
         masks = oracle.kept_columns(handle, inputs, family.layers)
-    with torch.no_grad(), oracle.hidden_columns(family.decoder(model), masks):
+    with torch.no_grad(), oracle.masked(model, family, masks):
         full = model(**inputs).attentions
     types = model.config.get_text_config().layer_types
     check_maps(found, full, [m for m, t in zip(masks, types, strict=True) if "full" in t])
@@ -96,7 +96,7 @@ def test_maps_of_a_step_in_a_window(merge: Any) -> None:
         if merged is not None:
             merged.sizes = torch.ones(whole["input_ids"].shape)
         seen = [torch.cat([mask, torch.ones_like(new).bool()], 1) for mask in masks]
-        with oracle.hidden_columns(family.decoder(model), seen, merged):
+        with oracle.masked(model, family, seen, merged):
             full = model(**whole, use_cache=False, output_attentions=True).attentions
     for here, there, shape in zip(found, full, shapes, strict=True):
         assert here.shape == shape
@@ -126,7 +126,7 @@ def test_maps_of_later_turns(family: Family, name: str) -> None:
         step = {"input_ids": torch.tensor([[7]]), "position_ids": where[..., -1:] + 1}
         third = model(**step, past_key_values=cache, **options)
     seen = [torch.cat([a, b], 1) for a, b in zip(*masks, strict=True)]
-    with torch.no_grad(), oracle.layer_masks(model, family, seen):
+    with torch.no_grad(), oracle.masked(model, family, seen):
         full = model(**whole, position_ids=where, use_cache=False, output_attentions=True)
     width = whole["input_ids"].shape[1]
     for layer, mask in enumerate(seen):
@@ -211,7 +211,7 @@ def test_logits_to_keep(name: str, alone: bool, layered: bool) -> None:
         with tokencomp.patch(model, plan=plan) as handle:
             found = [model(**inputs, logits_to_keep=k).logits for k in counts]
         masks = oracle.kept_columns(handle, inputs, family.layers)
-        expected = oracle.typed_logits(model, family, inputs, masks)
+        expected = oracle.masked_logits(model, family, inputs, masks)
     for k, logits, shape in zip(counts, found, plain, strict=True):
         assert logits.shape == shape
         columns = slice(-k, None) if isinstance(k, int) else k

@@ -72,7 +72,7 @@ class TwoTurns:
         masks = masks or [real] * len(self.family.decoder(self.model).layers)
         if merged is not None:
             merged.sizes = torch.ones(real.shape)
-        with torch.no_grad(), oracle.layer_masks(self.model, self.family, masks, merged):
+        with torch.no_grad(), oracle.masked(self.model, self.family, masks, merged):
             return self.model(**given, output_attentions=True).attentions
 
     def run(self, plan: Plan) -> Any:

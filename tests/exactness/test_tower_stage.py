@@ -227,7 +227,7 @@ def test_prefill_and_decode_of_qwen35(name: str) -> None:
     assert spans == [("image", (1, 4, 4), 0), video, video]
     length = inputs["input_ids"].shape[1]
     with tower.tower_masks(model, seen, 0):
-        expected = oracle.typed_logits(model, family, inputs, masks, out.sequences[:, length:-1])
+        expected = oracle.masked_logits(model, family, inputs, masks, out.sequences[:, length:-1])
     logits = torch.stack(out.logits, 1)
     assert (logits - expected[:, length - 1 :]).abs().max() < tower.TOLERANCE["eager"]
     assert (forward - expected[:, length - 1]).abs().max() < tower.TOLERANCE["eager"]

@@ -96,8 +96,7 @@ def test_gradients_are_those_of_the_masked_run(name: str, plan: str) -> None:
         assert all(not mask.all() for mask in seen)
     with (
         tower.tower_masks(model, seen, block),
-        oracle.layer_masks(model, family, masks),
-        oracle.absent_columns(family.decoder(model), masks),
+        oracle.masked(model, family, masks),
     ):
         expected = gradients(model, inputs, position_ids=family.positions(model, inputs))
     whole = gradients(model, inputs, position_ids=family.positions(model, inputs))

@@ -114,7 +114,7 @@ def check(
     """Compare a generation with the windowed full-length run; how much the setting changes it."""
     handle, out, masks = oracle.generated(model, family, inputs, steps, **setting)
     merged = oracle.Merged(handle) if setting.get("merge", False) else None
-    away = oracle.deviation(model, family, inputs, out, masks, merged, oracle.typed_logits)
+    away = oracle.deviation(model, family, inputs, out, masks, merged)
     assert away < 1e-4
     with torch.no_grad():
         return oracle.difference(out.logits[0], model(**inputs).logits[:, -1])
@@ -183,8 +183,8 @@ def test_weights_of_merged_rows_in_later_turns(backend: str, between: bool) -> N
         later = model(**oracle.later_turn(inputs, positions, new, out)).logits
         masks = oracle.kept_columns(handle, inputs, family.layers)
     merged = oracle.Merged(handle)
-    expected = oracle.typed_logits(model, family, inputs, masks, new, merged)[:, width:]
-    plain = oracle.typed_logits(model, family, inputs, masks, new)[:, width:]
+    expected = oracle.masked_logits(model, family, inputs, masks, new, merged)[:, width:]
+    plain = oracle.masked_logits(model, family, inputs, masks, new)[:, width:]
     assert merged.sizes.max() > 2 and oracle.difference(later, expected) < 2e-5
     assert oracle.difference(later, plain) > 1e-3
 
@@ -206,7 +206,7 @@ def test_chunks_below_a_window_have_the_weights_of_their_rows() -> None:
     handle, out, masks = oracle.generated(model, family, inputs, STEPS, call, **setting)
     assert handle.stats.prefill_chunk == 7
     merged = oracle.Merged(handle)
-    away = oracle.deviation(model, family, inputs, out, masks, merged, oracle.typed_logits)
+    away = oracle.deviation(model, family, inputs, out, masks, merged)
     assert away < 1e-5
 
 

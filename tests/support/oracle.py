@@ -1,9 +1,7 @@
-"""The oracle of the suite: the full-length, unpatched run whose dropped columns are masked.
+"""The oracle of the suite: the full-length, unpatched run in which dropped columns are hidden.
 
-`masked_logits` is for decoders whose layers all have causal attention, and writes the masks itself.
-`typed_logits` is for decoders with layers of several types: attention layers keep transformers' own
-mask, in which dropped columns are hidden too, and the mixers of linear layers run on the kept
-columns alone, because for them a dropped token is absent.
+`tokencomp.conformance.oracle` hides them, in the masks that transformers makes; this file adds
+merging, which changes hidden states and attention logits of the same run, and generation.
 """
 
 from __future__ import annotations
@@ -11,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,30 +18,12 @@ from torch import Tensor, nn
 
 import tokencomp
 from support.families import IMAGE, PAD, Family, text
-
-CACHES = ("cache", "past_key_values", "cache_params")
-MASKS = ("attention_mask", "conv_mask")
-LINEAR = re.compile("GatedDeltaNet|ShortConv$|ShortConvolution$|Mamba2Mixer|LinearAttention$")
+from tokencomp.conformance.oracle import columns_left, hidden
 
 
 def kept_columns(handle: Any, inputs: dict[str, Tensor], num_layers: int) -> list[Tensor]:
-    """Per layer: mask (B, L) of columns that are real and still there, from `handle.stats`."""
-    stats, stages = handle.stats, {s.layer: i for i, s in enumerate(handle.plan.stages)}
-    current, masks = inputs["attention_mask"].bool().clone(), []
-
-    def leave(b: int, kept: list[list[int]]) -> None:
-        for span, offsets in zip(stats.spans[b], kept, strict=True):
-            current[b, span.start : span.stop] = False
-            current[b, [span.start + o for o in offsets]] = True
-
-    for b in range(len(stats.spans)):
-        leave(b, stats.tower_kept(b))
-    for layer in range(num_layers):
-        if layer in stages:
-            for b in range(len(stats.spans)):
-                leave(b, stats.kept(b)[stages[layer]])
-        masks.append(current.clone())
-    return masks
+    """Per layer: mask (B, L) of the columns that are real and not dropped, from `handle.stats`."""
+    return columns_left(handle.stats, handle.plan, inputs["attention_mask"].bool(), num_layers)
 
 
 def repeated(rows: Tensor, mask: Tensor) -> Tensor:
@@ -133,105 +113,41 @@ class MergedTurns:
 
 
 @contextlib.contextmanager
-def layer_masks(
+def masked(
     model: nn.Module, family: Family, masks: list[Tensor], merged: Merged | None = None
 ) -> Iterator[None]:
-    """Give every decoder layer its own causal mask with hidden columns; `merged` merges these."""
-    hooks = []
-    for i, (layer, mask) in enumerate(zip(family.decoder(model).layers, masks, strict=True)):
+    """Hide columns from every decoder layer: `masks` has a bool (B, L) for each.
 
-        def hook(module: nn.Module, args: Any, kwargs: Any, i: int = i, mask: Tensor = mask) -> Any:
-            n = mask.shape[1]
-            seen = torch.ones(n, n, dtype=torch.bool).tril()[None, None] & mask[:, None, None]
-            seen = seen | torch.eye(n, dtype=torch.bool)  # no row without any key
-            eager = family.decoder(model).config._attn_implementation == "eager"
-            added = torch.zeros(mask.shape)
-            if merged is not None:
-                x = args[0] if args else kwargs.pop("hidden_states")
-                x, added = merged(i, x)
-                args = (x, *args[1:])
-            if eager or merged is not None:
-                floor = torch.finfo(torch.float32).min
-                dense = torch.where(seen, added[:, None, None], floor)
-                return args, {**kwargs, "attention_mask": dense}
-            return args, {**kwargs, "attention_mask": seen}
-
-        hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for h in hooks:
-            h.remove()
-
-
-@contextlib.contextmanager
-def hidden_columns(
-    decoder: nn.Module, masks: list[Tensor], merged: Merged | None = None
-) -> Iterator[None]:
-    """Hide columns in every decoder layer: `masks` has a bool (B, L) for each. Needs eager.
-
-    `merged` merges them into others first.
+    `merged` merges them into others first. Attention of the decoder is eager inside the block.
     """
-    hooks = []
-
-    def merge(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """At entry; a decoder may make more of its input than the states before layer 0."""
-        return args, {**kwargs, "inputs_embeds": merged(0, kwargs["inputs_embeds"])[0]}
-
-    if merged is not None:
-        hooks.append(decoder.register_forward_pre_hook(merge, with_kwargs=True))
-    for i, (layer, mask) in enumerate(zip(decoder.layers, masks, strict=True)):
-
-        def hide(module: nn.Module, args: Any, kwargs: Any, i: int = i, mask: Tensor = mask) -> Any:
-            own, bias = kwargs.get("attention_mask"), None
-            if merged is not None:
-                x = args[0] if args else kwargs.pop("hidden_states")
-                x, bias = merged(i, x) if i else (x, merged.sizes.log())
-                args = (x, *args[1:])
-            if own is None or own.ndim != 4:
-                return args, kwargs
-            # Softmax is taken in float32 even where the masks are float64.
-            low, shown = torch.finfo(torch.float32).min, mask[:, None, None, -own.shape[-1] :]
-            own = own if bias is None else (own.clamp(min=low) + bias[:, None, None])
-            return args, {**kwargs, "attention_mask": own.masked_fill(~shown, low)}
-
-        hooks.append(layer.register_forward_pre_hook(hide, with_kwargs=True))
+    decoder: Any = family.decoder(model)
+    config, backend = decoder.config, decoder.config._attn_implementation
+    config._attn_implementation = "eager"
     try:
-        with absent_columns(decoder, masks):
+        with contextlib.ExitStack() as hooks:
+            if merged is not None:
+                before = partial(decoder.register_forward_pre_hook, with_kwargs=True)
+                hooks.enter_context(before(partial(_merge_entry, merged)))
+                for i, layer in enumerate(decoder.layers):
+                    before = partial(layer.register_forward_pre_hook, with_kwargs=True)
+                    hooks.enter_context(before(partial(_merge_layer, merged, i)))
+            hooks.enter_context(hidden(decoder.layers, masks))
             yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        config._attn_implementation = backend
 
 
-@contextlib.contextmanager
-def absent_columns(decoder: nn.Module, masks: list[Tensor]) -> Iterator[None]:
-    """Let the linear layers alone run on the columns (B, L) that `masks` has for each layer."""
-    mixers = []
-    for layer, mask in zip(decoder.layers, masks, strict=True):
-        for module in layer.modules():
-            if LINEAR.search(type(module).__name__):
-                mixers.append(module)
-                module.forward = _on_kept_columns(module.forward, mask)
-    try:
-        yield
-    finally:
-        for module in mixers:
-            del module.forward
+def _merge_entry(merged: Merged, decoder: nn.Module, args: Any, kwargs: Any) -> Any:
+    """At entry; a decoder may make more of its input than the states before layer 0."""
+    return args, {**kwargs, "inputs_embeds": merged(0, kwargs["inputs_embeds"])[0]}
 
 
-def _on_kept_columns(forward: Any, mask: Tensor) -> Any:
-    def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        full = torch.zeros_like(hidden_states)
-        one = len(mask) == 1  # several rows have states of their own, which no cache here holds
-        away = MASKS if one else (*MASKS, *CACHES)
-        kwargs = {k: None if k in away else v for k, v in kwargs.items()}
-        for b, row in enumerate(mask[:, -hidden_states.shape[1] :]):
-            out = forward(hidden_states[b : b + 1, row], **kwargs)
-            full[b, row] = (out[0] if isinstance(out, tuple) else out)[0]
-        return full
-
-    return run
+def _merge_layer(merged: Merged, i: int, layer: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Merge the hidden states before layer `i`, and add the logarithms of sizes to its mask."""
+    x = args[0] if args else kwargs.pop("hidden_states")
+    x, bias = merged(i, x) if i else (x, merged.sizes.log())
+    mask = kwargs["attention_mask"].clamp(min=torch.finfo(torch.float32).min)
+    return (x, *args[1:]), {**kwargs, "attention_mask": mask + bias[:, None, None]}
 
 
 def following(positions: Tensor, count: int) -> Tensor:
@@ -265,25 +181,6 @@ def later_turn(inputs: dict[str, Tensor], positions: Tensor, new: Tensor, out: A
     return turn
 
 
-def _full_run(
-    model: nn.Module,
-    family: Family,
-    inputs: dict[str, Tensor],
-    masks: list[Tensor],
-    new: Tensor | None,
-    merged: Merged | None,
-) -> tuple[nn.Module, dict[str, Tensor], list[Tensor]]:
-    """Model, arguments and masks of the run over a prompt and T further tokens `new`."""
-    new = inputs["input_ids"][:, :0] if new is None else new
-    full = continued(inputs, family.positions(model, inputs), new)
-    masks = [torch.cat([mask, torch.ones_like(new).bool()], 1) for mask in masks]
-    if merged is not None:
-        model = copy.deepcopy(model).double()
-        full = {k: v.double() if v.is_floating_point() else v for k, v in full.items()}
-        merged.sizes = torch.ones(full["input_ids"].shape, dtype=torch.float64)
-    return model, full, masks
-
-
 def masked_logits(
     model: nn.Module,
     family: Family,
@@ -296,28 +193,15 @@ def masked_logits(
 
     With `merged` hidden columns are merged into others first, and all is float64.
     """
-    model, full, masks = _full_run(model, family, inputs, masks, new, merged)
-    with torch.no_grad(), layer_masks(model, family, masks, merged):
+    new = inputs["input_ids"][:, :0] if new is None else new
+    full = continued(inputs, family.positions(model, inputs), new)
+    masks = [torch.cat([mask, torch.ones_like(new).bool()], 1) for mask in masks]
+    if merged is not None:
+        model = copy.deepcopy(model).double()
+        full = {k: v.double() if v.is_floating_point() else v for k, v in full.items()}
+        merged.sizes = torch.ones(full["input_ids"].shape, dtype=torch.float64)
+    with torch.no_grad(), masked(model, family, masks, merged):
         return model(**full, use_cache=False).logits
-
-
-def typed_logits(
-    model: nn.Module,
-    family: Family,
-    inputs: dict[str, Tensor],
-    masks: list[Tensor],
-    new: Tensor | None = None,
-    merged: Merged | None = None,
-) -> Tensor:
-    """The same of a decoder with layers of several types."""
-    model, full, masks = _full_run(model, family, inputs, masks, new, merged)
-    backend = model.config.get_text_config()._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        with torch.no_grad(), hidden_columns(family.decoder(model), masks, merged):
-            return model(**full, use_cache=False).logits
-    finally:
-        model.set_attn_implementation(backend)
 
 
 def generate(model: nn.Module, inputs: dict[str, Tensor], steps: int = 8, **kwargs: Any) -> Any:
@@ -354,12 +238,11 @@ def deviation(
     out: Any,
     masks: list[Tensor],
     merged: Merged | None = None,
-    expect: Callable[..., Tensor] = masked_logits,
 ) -> float:
     """How far the logits of a prefill and of all decode steps are from those of the oracle."""
     width = inputs["input_ids"].shape[1]
     new = out.sequences[:, width:-1]
-    expected = expect(model, family, inputs, masks, new, merged)[:, width - 1 :]
+    expected = masked_logits(model, family, inputs, masks, new, merged)[:, width - 1 :]
     return difference(torch.stack(out.logits, 1), expected)
 
 

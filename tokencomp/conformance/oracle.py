@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tokencomp.engine.stats import Stats
 from tokencomp.plan.plan import Plan
+from tokencomp.tokens.tokens import VisualSpan
 from tokencomp.torchlib.compat import CACHE_NAMES, bind
 
 CACHES = (*CACHE_NAMES, "cache_params")
@@ -34,15 +35,21 @@ def columns_left(stats: Stats, plan: Plan, real: Tensor, depth: int) -> list[Ten
     """By layer of `depth`: the `real` columns (B, L) that are kept according to the stats."""
     numbers = {stage.layer: i for i, stage in enumerate(plan.stages)}
     current, left = real.clone(), []
+    for row, spans in enumerate(stats.spans):
+        _leave(current[row], spans, stats.tower_kept(row))
     for layer in range(depth):
         if layer in numbers:
-            for row, spans in enumerate(stats.spans):
-                kept = stats.kept(row)[numbers[layer]]
-                for span, offsets in zip(spans, kept, strict=True):
-                    current[row, span.start : span.stop] = False
-                    current[row, [span.start + offset for offset in offsets]] = True
+            for row in range(len(stats.spans)):
+                _leave(current[row], stats.spans[row], stats.kept(row)[numbers[layer]])
         left.append(current.clone())
     return left
+
+
+def _leave(columns: Tensor, spans: Sequence[VisualSpan], kept: list[list[int]]) -> None:
+    """Mark in `columns` (L,) the offsets that are kept of every span, and no others."""
+    for span, offsets in zip(spans, kept, strict=True):
+        columns[span.start : span.stop] = False
+        columns[[span.start + offset for offset in offsets]] = True
 
 
 @contextlib.contextmanager
@@ -76,18 +83,24 @@ def is_linear_mixer(module: nn.Module) -> bool:
 
 
 def _hiding(left: Tensor, required: bool) -> Any:
-    """A hook of a decoder layer: the mask hides the columns that are not `left` (B, n).
+    """A hook of a decoder layer: the mask hides the columns that are not `left` (B, L).
 
     If a mask is `required`, a call without a 4-D one raises `OracleError`.
     """
 
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = bind(module, args, kwargs)
+        for name in list(kwargs)[: len(args[:1])]:
+            del kwargs[name]  # hidden states stay positional: transformers records args[0]
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 4:
-            low = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-            mask = mask.masked_fill(~left[:, None, None, :], low)
-            return (), {**kwargs, "attention_mask": mask}
+            gone = ~left[:, None, None, -mask.shape[-1] :]
+            if mask.dtype == torch.bool:
+                mask = mask.masked_fill(gone, False)
+            else:  # eager softmax is float32 even if the mask is float64
+                low = max(torch.finfo(mask.dtype).min, torch.finfo(torch.float32).min)
+                mask = mask.masked_fill(gone, low).clamp(min=low)
+            return args[:1], {**kwargs, "attention_mask": mask}
         if required:
             form = "none" if mask is None else f"{mask.ndim} dimensions"
             raise OracleError(f"{type(module).__name__} gets an attention mask of {form}")
@@ -109,15 +122,16 @@ def _takes(module: nn.Module, name: str) -> bool:
 
 
 def _on_rows(forward: Any, left: Tensor) -> Any:
-    """Forward of a mixer on the kept rows, sample by sample."""
+    """Forward of a mixer on the kept rows, sample by sample; one sample alone has its cache."""
 
     def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        kwargs = {k: None if k in (*CACHES, *MASKS) else v for k, v in kwargs.items()}
+        removed = MASKS if len(left) == 1 else (*CACHES, *MASKS)
+        kwargs = {k: None if k in removed else v for k, v in kwargs.items()}
         # Of what is not named, only further hidden states count: weights of a convolution.
         args = tuple(a for a in args if isinstance(a, Tensor) and a.ndim == 3)
         result, rest = torch.zeros_like(hidden_states), None
         for row in range(hidden_states.shape[0]):
-            rows = left[row].nonzero()[:, 0]
+            rows = left[row, -hidden_states.shape[1] :].nonzero()[:, 0]
 
             def pick(value: Any, row: int = row, rows: Tensor = rows) -> Any:
                 own = isinstance(value, Tensor) and value.shape[:2] == hidden_states.shape[:2]
