@@ -48,9 +48,9 @@ def _ranked(group: Group, labels: Labels) -> list[str]:
 
 
 def first_methods(group: Group, labels: Labels, asked: Labels) -> list[str]:
-    """The best three that were asked in both places; one of several with the same answers.
+    """Methods that were asked in both places, the best first; one of several with equal answers.
 
-    The default comes before a reducer that it stands for.
+    Of a reducer and the default that stands for it, the default.
     """
     chosen: list[str] = []
     known: list[list[str]] = []
@@ -60,7 +60,7 @@ def first_methods(group: Group, labels: Labels, asked: Labels) -> list[str]:
         if texts not in known:
             chosen.append(method)
             known.append(texts)
-    return sorted(chosen, key=order.index)[:FIRST]
+    return sorted(chosen, key=order.index)
 
 
 def _gap(group: Group, labels: Labels, pair: Sequence[str], ratio: float) -> Difference:
@@ -70,24 +70,31 @@ def _gap(group: Group, labels: Labels, pair: Sequence[str], ratio: float) -> Dif
 
 
 def _order(before: Group, known: Labels, group: Group, labels: Labels) -> list[str]:
-    """Differences of the first methods in both places, and whether their signs agree."""
+    """Differences of the first methods in both places, and whether their signs agree.
+
+    The default against the next method is shown as well, and has no part in the verdict.
+    """
     lines, same, opposed = [], 0, 0
-    for pair in combinations(first_methods(before, known, labels), 2):
+    ranked = first_methods(before, known, labels)
+    pairs = [*combinations(ranked[:FIRST], 2)]
+    for pair in [*pairs, *((DEFAULT, method) for method in ranked[FIRST : FIRST + 1])]:
         for ratio in RATIOS:
             found = [_gap(before, known, pair, ratio), _gap(group, labels, pair, ratio)]
             signs = [(one.low > 0) - (one.high < 0) for one in found]
-            same += signs[0] * signs[1] > 0
-            opposed += signs[0] * signs[1] < 0
+            if pair in pairs:
+                same += signs[0] * signs[1] > 0
+                opposed += signs[0] * signs[1] < 0
             cells = [
                 f"{100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]" for d in found
             ]
             lines.append([" − ".join(pair), str(ratio), *cells])
-    verdict = _OPPOSED if opposed else _SAME
+    verdict = _OPPOSED if opposed else _SAME if same else _OPEN
+    total = len(pairs) * len(RATIOS)
     return [
         _ORDER,
         table(["pair, points of facts", "ratio", "above", "here"], lines),
         "",
-        verdict.format(opposed=opposed, same=same, rest=len(lines) - same - opposed),
+        verdict.format(total=total, opposed=opposed, same=same, rest=total - same - opposed),
     ]
 
 
@@ -98,7 +105,8 @@ _HEADS = {
 ([how](redrawn.py)): paper instead of textures, shaded and turned objects with outlines and shadows,
 other shades, other fonts, centred lines, objects near the middle of their place. The model was not
 trained on such pictures, and nothing was adjusted to its answers. {items} test questions with
-{facts} facts; the full model has these shares right: {right}. Cells as above.
+{facts} facts; the full model has these shares right:
+{right}. Cells as above.
 """,
     "family": """## A second family
 
@@ -115,8 +123,11 @@ Are the first three methods in the same order? Paired differences with 95 % inte
 those of the first table of this page, for the families of questions asked here.
 """
 _SAME = """\
-**The order is the same within intervals**: no difference has another sign than above with both
-intervals apart from 0. In {same} the signs are equal and both apart from 0, {rest} are open."""
+**The order is the same within intervals**: of the {total} differences between the three, {same}
+have the same sign as above with both intervals apart from 0, none has another, {rest} are open."""
 _OPPOSED = """\
-**The order is not the same**: {opposed} differences have another sign than above, with both
-intervals apart from 0. In {same} the signs are equal and both apart from 0, {rest} are open."""
+**The order is not the same**: of the {total} differences between the three, {opposed} have another
+sign than above with both intervals apart from 0, {same} have the same, {rest} are open."""
+_OPEN = """\
+**The order is the same within intervals, which tell no two of the three apart**: all {rest}
+differences between them are open, here or above."""
