@@ -93,6 +93,51 @@ def test_a_thing_that_blinks_stays_in_every_step() -> None:
     assert len(flashes & once) == 1
 
 
+def naive_steps(x: Tensor, grid: tuple[int, int, int], weight: float, left: list[int]) -> Tensor:
+    """Features with the change from step to step, one cell at a time; `left`: cells in order."""
+    area, rows = grid[1] * grid[2], dict(zip(left, x, strict=True))
+    out = []
+    for cell in left:
+        others = [rows[c] for c in (cell - area, cell + area) if c in rows]
+        change = max([rms(rows[cell], other) for other in others], default=0.0)
+        angle = cell // area * math.pi * (3 - math.sqrt(5))
+        place = [weight * change * f(angle) / math.sqrt(2) for f in (math.cos, math.sin)]
+        out.append(torch.cat([rows[cell] / math.sqrt(x.shape[1]), torch.tensor(place)]))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("weight", [0.5, 4.0])
+@pytest.mark.parametrize("dropped", [(), (0, 5, 6, 17)])
+def test_kcenter_compares_steps_of_features(weight: float, dropped: tuple[int, ...]) -> None:
+    """Two videos and a picture in one call; an earlier stage may have dropped some cells."""
+    torch.manual_seed(3)
+    grids = [(4, 2, 3), (1, 2, 2), (5, 2, 2)]
+    cells = [[c for c in range(math.prod(grid)) if c not in dropped] for grid in grids]
+    x = torch.randn(sum(map(len, cells)), 8)
+    tokens = Tokens(
+        x, grids, [6, 2, 7], [*map(len, cells)], ["video", "image", "video"],
+        torch.tensor([c for some in cells for c in some]) if dropped else None,
+    )  # fmt: skip
+    kept, first = matrix.reduced(make_reducer("kcenter", step_weight=weight), tokens).patches, 0
+    for grid, left, budget in zip(grids, cells, tokens.budgets, strict=True):
+        some = x[first : first + len(left)]
+        expected = [first + i for i in k_center(naive_steps(some, grid, weight, left), budget)]
+        assert [i for i in kept.tolist() if first <= i < first + len(left)] == expected
+        first += len(left)
+
+
+def test_equal_flashes_of_a_video_stay_in_every_step() -> None:
+    """A feature turns up in three of six steps; the background differs from place to place."""
+    torch.manual_seed(7)
+    x = (0.1 * torch.randn(1, 4, 8)).repeat(6, 1, 1)
+    x[[0, 2, 4], 1] = 1.0
+    tokens, flashes = span(x.flatten(0, 1), (6, 2, 2)), {1, 9, 17}
+    steps = make_reducer("kcenter", step_weight=4)
+    assert flashes <= set(matrix.kept(steps, tokens, 6).patches.tolist())
+    once = set(matrix.kept(make_reducer("kcenter"), tokens, 6).patches.tolist())
+    assert len(flashes & once) == 1
+
+
 def test_what_does_not_change_needs_no_second_step() -> None:
     """A still video: as many cells as it has places are those of one step's looks."""
     torch.manual_seed(8)

@@ -11,6 +11,11 @@ OF_PIXELS = effective(
     "in this stage, which compares features; pixels are seen before block 0 of the tower",
 )
 """Metadata of options about pixels."""
+OF_FEATURES = effective(
+    lambda reducer, pixels: not pixels,
+    "in this stage, which compares pixels; features are seen from block 1 of the tower on",
+)
+"""Metadata of options about features."""
 
 
 def cells_of(picture: Tensor, size: int) -> Tensor:

@@ -66,7 +66,9 @@ class Reducer(ABC):  # noqa: B024  # it can be built without `reduce`
     def __post_init__(self) -> None:
         check_types(label(self), self)
         check_ranges(label(self), self)
-        check_effect(label(self), self, unused_options(self, pixels=True))
+        unused = unused_options(self, pixels=True)
+        nowhere = unused_options(self, pixels=False).keys() & unused.keys()
+        check_effect(label(self), self, {name: unused[name] for name in nowhere})
 
     @property
     def needs(self) -> frozenset[Signal]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, finite_features, register_reducer
-from tokencomp.reducers._pixels import OF_PIXELS
+from tokencomp.reducers._pixels import OF_FEATURES, OF_PIXELS
 from tokencomp.validation import between
 
 TURN = math.pi * (3 - math.sqrt(5))
@@ -36,6 +37,10 @@ class KCenter(Reducer):
     areas get a larger share of the budget than smooth ones; under a moving camera all cells change,
     so similar cells of several steps are kept more often.
 
+    Features in the decoder have no pixels to say what changes. With `step_weight` they get the
+    change from step to step (see `with_steps`); without it, one of several equal events of a video
+    represents all.
+
     Attributes
     ----------
     pool : int
@@ -47,11 +52,15 @@ class KCenter(Reducer):
     temporal_weight : float
         In towers that read several frames into one cell (the Qwen families): weight of the change
         between these frames; 0: not used.
+    step_weight : float
+        In the decoder: weight of the change of features from one step of a video to the next; 0:
+        not used. The default of `patch` uses 4 on videos.
     """
 
     pool: int = field(default=4, metadata=OF_PIXELS | between(1, 64))
     std_weight: float = field(default=1.0, metadata=OF_PIXELS | between(0, 16))
     temporal_weight: float = field(default=1.0, metadata=OF_PIXELS | between(0, 16))
+    step_weight: float = field(default=0.0, metadata=OF_FEATURES | between(0, 16))
 
     traits = Traits(batched=True)
     summary = "greedy k-center by appearance (Gonzalez 1985), default in the vision tower"
@@ -60,6 +69,8 @@ class KCenter(Reducer):
         from tokencomp.kernels import maxmin_select
 
         x = descriptor(tokens, self.pool, self.std_weight, self.temporal_weight)
+        if self.step_weight and tokens.pixels is None:
+            x = with_steps(x, tokens, self.step_weight)
         how = {"spans": tokens.lengths, "metric": "rms", "trusted": True}
         return Kept(maxmin_select(x, tokens.budgets, **how))
 
@@ -108,6 +119,36 @@ def descriptor(
         scale = temporal_weight * math.sqrt(columns[0].shape[1] / 2)
         columns.append(scale * changes[:, None] * _steps(tokens))
     return torch.cat(columns, 1)
+
+
+def with_steps(x: Tensor, tokens: Tokens, weight: float) -> Tensor:
+    """Features and what changes from step to step, float32, shape (n, d + 2).
+
+    The two columns are those of `descriptor`, where the change c of a cell is the larger one of the
+    root mean square differences to the same cell in the step before and in the step after. Of a
+    cell that an earlier stage has dropped, and before the first and after the last step, there is
+    no difference. Cells that flash alike in two steps differ by c, times `weight`:
+
+        step           0    1    2    3    4    5
+        cell           ·    ✶    ·    ✶    ·    ·       ✶ flashes, · is background
+        change c       c    c    c    c    c    0       five different cells instead of two
+    """
+    cells, areas = tokens.cells(), tokens.per_patch([h * w for _, h, w in tokens.grids])
+    ends = tokens.per_patch([math.prod(grid) for grid in tokens.grids])
+    first = itertools.accumulate((math.prod(g) for g in tokens.grids[:-1]), initial=0)
+    rows = tokens.per_patch([*first]) + cells
+    table = x
+    if tokens.index is not None:
+        table = x.new_full((sum(math.prod(g) for g in tokens.grids), x.shape[1]), math.nan)
+        table = table.index_copy(0, rows, x)
+    change = x.new_zeros(len(x))
+    for step in (-areas, areas):
+        there = (cells + step >= 0) & (cells + step < ends)
+        other = table.index_select(0, torch.where(there, rows + step, rows))
+        difference = (x - other).square().mean(1).sqrt().nan_to_num(0.0)
+        change = torch.maximum(change, difference)
+    scale = weight * math.sqrt(x.shape[1] / 2)
+    return torch.cat([x, scale * change[:, None] * _steps(tokens)], 1)
 
 
 def _averages(pictures: Tensor, pool: int) -> Tensor:
