@@ -20,6 +20,8 @@ COVERING = ("kcenter", "divprune", "scope", "vidcom2", "bipartite")
 """Those that spread over the picture, whatever is asked."""
 MERGED = ("kcenter", "condiv")
 """Those asked with `merge=True` as well."""
+STEPS = ("kcenter", {"step_weight": 4.0, MERGE: True})
+"""Asked about clips."""
 ONCE = ("cdpruner", "mmtok", "anchorprune", "scope", "vidcom2", "bipartite", "flashvid")
 """Those asked at `MIDDLE` alone."""
 OPTIONS = {"scope": {"saliency": "none"}}
@@ -33,6 +35,7 @@ def methods(kind: str, ratios: Sequence[float] = RATIOS) -> list[Setting]:
     names += CLIPS_ONLY if kind == "clips" else ()
     each = [(name, OPTIONS.get(name, {})) for name in names]
     each += [(name, {MERGE: True}) for name in MERGED] + [(RANDOM, {"seed": 1})]
+    each += [STEPS] if kind == "clips" else []
     asked = [
         Setting(name, ratio, options)
         for name, options in each

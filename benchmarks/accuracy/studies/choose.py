@@ -2,6 +2,7 @@
 
 python -m benchmarks.accuracy.studies.choose            # runs what is missing → choice.md
 python -m benchmarks.accuracy.studies.choose --merging  # the same for the tables with merging
+python -m benchmarks.accuracy.studies.choose --steps    # what benchmarks.long adds for videos
 python -m benchmarks.accuracy.studies.choose --report   # from the stored results
 
 The rule, its history and the reasons are in docs/decisions/0001-default-reducer.md.
@@ -37,6 +38,7 @@ from benchmarks.accuracy.studies.ranking import (
 )
 from benchmarks.accuracy.tables import table
 from benchmarks.experiment import Files, write
+from benchmarks.long.settings import STEPS
 from benchmarks.real import candidates as real
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import MERGE, Setting
@@ -261,6 +263,7 @@ def run_missing(
     parser.add_argument("--batch", type=int, default=60)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--merging", action="store_true", help="what the last tables compare")
+    parser.add_argument("--steps", action="store_true", help="the candidate for videos with steps")
     parser.set_defaults(start=0, difficulty="usual", frames=FRAMES)
     args = parser.parse_args()
     if args.report:
@@ -275,6 +278,8 @@ def run_missing(
 
 def asked(args: argparse.Namespace, model: str) -> list[Candidate]:
     """What a model is asked: the first layer of tiny-qwen3-5 has no attention to score with."""
+    if args.steps:
+        return [STEPS] if model != "tiny-gemma3" else []  # which takes no videos
     if not args.merging:
         return CANDIDATES
     if model not in LEFT_OUT:
