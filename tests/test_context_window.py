@@ -78,6 +78,21 @@ def test_model_uses_scaled_frequencies_until_unpatch(family: Family) -> None:
     context.remove()
 
 
+def test_a_patch_that_resumes_leaves_a_later_extension_in_force() -> None:
+    """Of the user, which a patch inside of another one and its end do not replace."""
+    family = FAMILIES["qwen2_vl"]
+    model = family.build()
+    rotary = family.decoder(model).rotary_emb
+    plain = rotary.inv_freq
+    with tokencomp.patch(model, 0.5, extend_context=400):
+        with tokencomp.patch(model, 0.75):
+            context = tokencomp.extend_visual_context(model, 900, window=100)
+        assert torch.allclose(rotary.inv_freq, reference(1e4, 16, 100, 9.0)[0], rtol=1e-5)
+    assert torch.allclose(rotary.inv_freq, reference(1e4, 16, 100, 9.0)[0], rtol=1e-5)
+    context.remove()
+    assert rotary.inv_freq is plain
+
+
 def test_ramp_of_qwen2_in_a_model() -> None:
     """The ramp is the same if a cast rounded the frequencies: fp16 keeps one digit of 1e-6."""
     family = FAMILIES["qwen2_vl"]

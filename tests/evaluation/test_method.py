@@ -56,6 +56,13 @@ def test_a_spec_is_validated_when_it_is_made(arguments: Any, error: type[Excepti
         Method(*arguments)
 
 
+def test_methods_without_effect_have_one_description() -> None:
+    """What a server has cached of the full model is used whatever reducer a request names."""
+    for reducer in ("auto", "fastv", make_reducer("uniform")):
+        assert Method(reducer, 0.0).describe() == Method("kcenter", 0.0).describe()
+    assert Method("fastv", 0.5).describe() != Method("kcenter", 0.5).describe()
+
+
 def test_identities_are_compared_as_json_writes_them() -> None:
     check_identity("x", {"a": [1, 2]}, {"a": (1, 2)})
     with pytest.raises(OptionError, match=r"x holds a run that differs in b: None there, 1 now"):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import tokencomp
+from tokencomp.evaluation import profiler
 from tokencomp.evaluation.profiler import _gains
 from tokencomp.evaluation.timing import Split, prefill_split
 from tokencomp.inputs.prompts import build_inputs
@@ -66,6 +67,15 @@ def test_time_is_booked_where_it_is_spent(loaded, inputs, monkeypatch):
         for hook in hooks:
             hook.remove()
     assert split == Split(vision=4, reduce=0.5, prefill=2, total=6.5)
+
+
+def test_a_decode_step_is_timed_without_the_prefill(loaded, inputs, monkeypatch):
+    """The prompt takes 8 s, and the steps 1, 2 and 3 s."""
+    model, hand, seconds = loaded[0], Hand(), iter((8.0, 1.0, 2.0, 3.0))
+    layer = model.model.language_model.layers[0]
+    monkeypatch.setattr(profiler.time, "perf_counter", hand.mark)
+    with layer.register_forward_pre_hook(lambda *_: hand.move(next(seconds))):
+        assert profiler.decode_seconds(model, inputs, 2) == 1.5  # the last step has no end
 
 
 def test_a_speedup_pays_for_the_reducer():

@@ -18,6 +18,7 @@ from tokencomp.evaluation import Setting, mcnemar, retention, sweep
 from tokencomp.evaluation.comparisons import comparisons, losses, paired_tests
 from tokencomp.evaluation.group_runs import find_runs
 from tokencomp.evaluation.metrics import McNemar
+from tokencomp.evaluation.runs import averaged
 from tokencomp.pages import report
 from tokencomp.pages.lost import draw_lost, read_lost, write_lost
 from tokencomp.pages.report import Line, lines
@@ -113,6 +114,20 @@ def test_rows_and_shares_are_of_the_same_items(tmp_path):
     gone = put("prune", 0.5, {"a1": 1, "a2": 0}, [30, 90], failed=("a2",))
     *_, prune = rows(whole, gone)
     assert (prune.flops, len(prune.run.answered), len(prune.run.failed)) == (0.3, 1, 2)
+
+
+def test_an_item_that_failed_with_one_seed_failed(tmp_path):
+    """Whichever seed it was: one of two seeds of `random` has no answer to question a2."""
+    for failed in (0, 1):
+        parts, scores = [tmp_path / f"{failed}-{seed}" for seed in (0, 1)], {"a1": 1, "a2": 1}
+        runs = [
+            write_run(part, "random", 0.5, scores, options={"seed": seed})
+            for seed, part in enumerate(parts)
+        ]
+        edit_records(runs[failed], error="no frame of this video")
+        (both,) = averaged(find_runs(runs))
+        assert both.scores == {"a1": 1.0}
+        assert [r["id"] for r in both.failed] == ["a2", "broken"]
 
 
 def edit_records(folder: Path, **fields: object) -> None:

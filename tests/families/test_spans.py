@@ -77,6 +77,17 @@ def test_thin_pictures(name: str) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_a_mosaic_without_line_breaks_is_refused(name: str) -> None:
+    """A base tile and five more tokens, as features from elsewhere."""
+    model = FAMILIES[name].build()
+    types = torch.tensor([[0] * 3 + [1] * (16 + 5) + [0] * 4])
+    embeds = torch.randn(1, types.shape[1], model.get_input_embeddings().embedding_dim)
+    refused = pytest.raises(SpanError, match="image_newline")
+    with torch.no_grad(), tokencomp.patch(model, 0.5), refused:
+        model(inputs_embeds=embeds, mm_token_type_ids=types)
+
+
 def test_next_video() -> None:
     """Two videos side by side are two spans."""
     family = FAMILIES["llava_next_video"]

@@ -76,6 +76,26 @@ def test_size_and_errors(clips: dict[str, Path], decoder: str, tmp_path: Path) -
         load_media(path, decoder=f"{decoder}:nowhere")
 
 
+class Reader:
+    """Four frames at unequal times of a file that begins at 7 s."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def get_avg_fps(self) -> float:
+        return 2.0
+
+    def get_frame_timestamp(self, places: Any) -> np.ndarray:
+        return np.array([(7, 7.5), (7.5, 8.5), (8.5, 8.75), (8.75, 9)])[[*places]]
+
+    def get_batch(self, places: list[int]) -> np.ndarray:
+        return np.zeros((len(places), 16, 16, 3), np.uint8)
+
+
+def test_times_of_a_reader_begin_at_its_first_frame() -> None:
+    assert load_media(Reader(), 4).sampling.times == (0, 0.5, 1.5, 1.75)
+
+
 def test_a_reader_in_place_of_a_path(clips: dict[str, Path]) -> None:
     decord = pytest.importorskip("decord")
     ours = load_media(clips["h264"], 8)

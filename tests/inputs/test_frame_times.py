@@ -115,6 +115,14 @@ def test_lists_without_a_rate_are_warned_about(processor, clip):
     assert "<0.2 seconds>" in processor.tokenizer.decode(rated["input_ids"][0])
 
 
+def test_processors_that_read_no_times_get_none(tmp_path, clip):
+    """And no warning where the rate is unknown."""
+    plain = tiny(tmp_path, name="tiny-qwen2-vl")[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FrameRateWarning)
+        assert frame_times(plain, [Video([*media.load_media(clip, FRAMES)], None).sampling]) == {}
+
+
 def test_shrunk_videos_keep_their_times(processor, clip):
     video = media.load_media(clip, 8)
     shrink = EqualTokens(processor, [processor.tokenizer.convert_tokens_to_ids("<|video_pad|>")],

@@ -232,3 +232,21 @@ def test_reducers_at_later_blocks_see_mean_hidden_states(name: str, options: dic
         with torch.no_grad():
             assert model(**inputs).logits.isfinite().all()
         assert handle.stats.tower_kept(0) == [expected]
+
+
+def test_cells_at_an_edge_have_the_mean_of_fewer_patches() -> None:
+    """VILA: 4 × 4 cells of 2 × 2 patches on 7 × 7 patches, column by column; then a separator."""
+    family = tower.deep(FAMILIES["vila"])
+    model = tower.build(family)
+    inputs = tower.like(model, family.batch([[text(3), family.image(0), text(4)]]))
+    with torch.no_grad(), tower.block_inputs(model, 1) as states:
+        model(**inputs)
+    grid = states[0].view(7, 7, -1).float()
+    corners = itertools.product(range(0, 7, 2), repeat=2)
+    means = torch.stack([grid[y : y + 2, x : x + 2].mean((0, 1)) for x, y in corners])
+    reducer = make_reducer("kcenter")
+    expected = matrix.kept(reducer, span(means, (1, 4, 4)), 7).patches.tolist()
+    plan = Plan((), TowerStage(1, 7 / 16, reducer))
+    with torch.no_grad(), tokencomp.patch(model, plan=plan) as handle:
+        model(**inputs)
+        assert handle.stats.tower_kept(0) == [[*expected, 16]]

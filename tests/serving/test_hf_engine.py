@@ -145,6 +145,34 @@ def test_a_model_that_answers_nothing_is_unwell_until_it_recovers(
     wait_until(lambda: health() == 200)
 
 
+def test_an_answer_makes_a_server_well(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the next probe, which waits until no request waits."""
+    monkeypatch.setattr(module, "PROBE_SECONDS", 1000.0)
+    with monkeypatch.context() as broken:
+        broken.setattr(engine.model, "generate", Mock(side_effect=RuntimeError("CUDA error")))
+        assert ask(engine, [URLS[0]])[0][1].status == 500
+        idle(engine)
+        assert not engine.healthy
+    assert ask(engine, [URLS[0]])[0][0] == "length"
+    idle(engine)
+    assert engine.healthy
+
+
+def test_a_batch_has_as_many_pixels_as_fit(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four pictures of 112 × 112 pixels, of which two fit."""
+    monkeypatch.setattr(engine.waiting, "max_batch_pixels", 2 * 112 * 112)
+    sizes = failing(engine, monkeypatch, OSError())
+    assert {answer[0] for answer in ask(engine, URLS[:4])} == {"length"} and sizes == [2, 2]
+
+
+def test_usage_counts_every_image(engine: Engine) -> None:
+    """16 visual tokens of each of two, of which a ratio of 0.5 keeps 8."""
+    body = {"model": "tiny", "messages": http.messages("What?", *URLS[:2]), "max_tokens": 1}
+    client = TestClient(build_app(engine, "tiny", Limits()))
+    usage = client.post("/v1/chat/completions", json=body).json()["usage"]["tokencomp"]
+    assert (usage["visual_tokens_before"], usage["visual_tokens_after"]) == (32, 16)
+
+
 def test_an_error_that_ends_the_thread_is_answered(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
