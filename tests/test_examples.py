@@ -35,7 +35,7 @@ def run(*paths: Path) -> list[str]:
 def test_examples() -> None:
     paths = [path for path in EXAMPLES if not path.stem.startswith("train_")]
     printed = run(*paths)
-    assert len(printed) == len(paths) == 4 and all(text.strip() for text in printed)
+    assert len(printed) == len(paths) == 5 and all(text.strip() for text in printed)
     stream = dict(zip([path.stem for path in paths], printed, strict=True))["stream"]
     assert "300 rows (budget 300)" in stream
 
