@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import signal
 import subprocess
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,9 @@ pytest.importorskip("nixl", reason="nixl is not installed (pip install nixl)")
 import yaml
 from support.serving import http
 from support.serving.processes import Served, started
+from support.serving.transfer import CHAT, GIVEN, encoded, post, prefilled, question, same
 
-CHAT = "/v1/chat/completions"
 DEPLOY = Path(__file__).parents[2] / "examples" / "deploy"
-GIVEN: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
-LONGEST = 8
 
 
 @contextlib.contextmanager
@@ -48,9 +46,13 @@ def role(folder: Path, root: Path, name: str) -> Iterator[Served]:
 
 @contextlib.contextmanager
 def router(prefill: Served, decode: Served) -> Iterator[Served]:
-    """The router of the compose file before both."""
+    """The router of the compose file before both; the pods have the same (test_deploy)."""
     port, env = http.free_port(), {"PREFILL": prefill.url, "DECODE": decode.url}
-    command = [sys.executable, str(DEPLOY / "router.py"), str(port)]
+    service = yaml.safe_load((DEPLOY / "compose.nodes.yaml").read_text())["services"]["router"]
+    (line,) = service["command"]
+    python, script, _ = line.partition(" exec ")[2].split()
+    assert python == "python"
+    command = [sys.executable, str(DEPLOY / Path(script).name), str(port)]
     process = subprocess.Popen(command, env={**os.environ, **env})
     url = f"http://127.0.0.1:{port}"
     try:
@@ -59,60 +61,6 @@ def router(prefill: Served, decode: Served) -> Iterator[Served]:
     finally:
         process.terminate()
         process.wait()
-
-
-def post(server: Served, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Return status and JSON of an answer."""
-    head = {"Content-Type": "application/json", "Authorization": f"Bearer {server.key}"}
-    request = urllib.request.Request(server.url + CHAT, json.dumps(body).encode(), head)
-    try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return answer.status, json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        return error.code, _json(error.read())
-
-
-def _json(content: bytes) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
-        found: dict[str, Any] = json.loads(content)
-        return found
-    return {"error": {"message": content.decode()}}
-
-
-def question(number: int) -> dict[str, Any]:
-    """One to three images and clips at all ratios, dropped or merged."""
-    urls = [http.image_url(number, 224 + 28 * (number % 3), 168)]
-    urls += [http.image_url(90 + number, 112, 168), http.video_url(number, 6)][: number % 3]
-    options: Any = {"ratio": (0, 0.5, 0.75, 0.9)[number % 4], "merge": number % 2 == 0}
-    named = {} if number % 5 == 4 else {"tokencomp": options}
-    return {
-        "model": "tiny", "messages": http.messages(http.QUESTION, *urls), "max_tokens": LONGEST,
-        "temperature": 0, "ignore_eos": True, "logprobs": True, **named,
-    }  # fmt: skip
-
-
-def prefilled(server: Served, body: dict[str, Any]) -> dict[str, Any]:
-    """What the prefill hands over, as routers ask for it."""
-    status, answer = post(server, {**body, "max_tokens": 1, "kv_transfer_params": GIVEN})
-    assert status == 200, answer
-    found: dict[str, Any] = answer["kv_transfer_params"]
-    return found
-
-
-def words(answer: dict[str, Any]) -> list[tuple[str, float]]:
-    content = answer["choices"][0]["logprobs"]["content"]
-    assert len(content) == LONGEST
-    return [(word["token"], word["logprob"]) for word in content]
-
-
-def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two answers have equal tokens and, to 1e-4, log-probabilities."""
-    pairs = zip(words(one), words(other), strict=True)
-    return all(a[0] == b[0] and math.isclose(a[1], b[1], abs_tol=1e-4) for a, b in pairs)
-
-
-def encoded(server: Served) -> float:
-    return http.metric(server.url, "tokencomp_reduce_seconds_total")
 
 
 def test_prefill_and_decode_over_nixl(tiny_folder: Any, tmp_path: Path) -> None:
@@ -142,6 +90,43 @@ def test_prefill_and_decode_over_nixl(tiny_folder: Any, tmp_path: Path) -> None:
                 status, got = post(decode, {**question(number), "kv_transfer_params": handed})
                 assert status == 200 and same(post(prefill, question(number))[1], got)
                 assert number == 34 or same(alone, got)
+            check_death_of_the_decode(folder, tmp_path, prefill, decode)
+
+
+def check_death_of_the_decode(folder: Path, root: Path, prefill: Served, decode: Served) -> None:
+    """A killed decode ends its requests with an error; another one answers exactly."""
+    body = {**question(50), "max_tokens": 3000}
+    handed = prefilled(prefill, question(51))  # blocks that the killed decode never reads
+    begun = http.metric(decode.url, "vllm:generation_tokens_total")
+    with router(prefill, decode) as front, ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(post, front, body)
+        events = pool.submit(stream, front, body)
+        while http.metric(decode.url, "vllm:generation_tokens_total") < begun + 20:
+            assert not whole.done() and not events.done()
+        os.killpg(decode.process.pid, signal.SIGKILL)
+        assert whole.result()[0] == 502
+        assert "[DONE]" not in events.result()
+        assert post(front, question(51))[0] == 502
+    with role(folder, root, "decode") as another, router(prefill, another) as front:
+        for number in (50, 51):
+            status, got = post(front, question(number))
+            assert status == 200 and same(post(prefill, question(number))[1], got)
+        status, got = post(another, {**question(51), "kv_transfer_params": handed})
+        assert status == 200 and same(post(prefill, question(51))[1], got)
+        assert not encoded(another)
+
+
+def stream(server: Served, body: dict[str, Any]) -> str:
+    """What a client has read of an answer in events when it ends, or breaks off."""
+    head = {"Content-Type": "application/json", "Authorization": f"Bearer {server.key}"}
+    content = json.dumps({**body, "stream": True}).encode()
+    text = b""
+    with contextlib.suppress(HTTPException, OSError):
+        request = urllib.request.Request(server.url + CHAT, content, head)
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            for line in answer:
+                text += line
+    return text.decode()
 
 
 def check_router(front: Served, prefill: Served, decode: Served) -> None:

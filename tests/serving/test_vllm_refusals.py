@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import pickle
-from dataclasses import make_dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +25,7 @@ from tokencomp.serving.item_plan import ItemPlan, ItemSize, field_name, item_spa
 from tokencomp.serving.item_rows import batches, reduce_rows
 from tokencomp.serving.offsets import pack_offsets, split_text, unpack_offsets, with_text
 from tokencomp.serving.spec import ServerOptions
-from tokencomp.serving.vllm import checks, entry, internvl, mrope, processing
+from tokencomp.serving.vllm import checks, entry, internvl, mrope
 from tokencomp.serving.vllm.metrics import count_nonfinite, counters, item_sizes
 from tokencomp.serving.vllm.model import CompressingModel
 from tokencomp.serving.vllm.mrope import lengthen_tables
@@ -277,23 +276,6 @@ def test_an_encoder_gets_pictures_one_by_one() -> None:
         processor._check_tower(Method(name, 0.5, tower_ratio=0.4 if name == "kcenter" else 0.0))
     with pytest.raises(OptionError, match="one by one"):
         processor._check_tower(Method("delta"))
-
-
-def test_keys_of_media_are_those_of_their_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They know what trained weights are, see test_item_plan; ratio 0 has the key of vLLM."""
-    monkeypatch.setattr(processing, "cache_key", lambda spec, facts: (spec.ratio, facts))
-
-    class Stock:
-        def _get_mm_hashes(self, inputs: Any) -> Any:
-            return inputs.hf_processor_mm_kwargs
-
-    processor: Any = object.__new__(type("Processor", (CompressingProcessor, Stock), {}))
-    processor._options, processor._facts = ServerOptions.parse({"ratio": 0.75}), "facts"
-    processor._latest = "", processor._options.default
-    inputs = make_dataclass("Inputs", ["hf_processor_mm_kwargs"])
-    keys = processor._get_mm_hashes(inputs({"fps": 1}))
-    assert keys == {"fps": 1, "tokencomp": (0.75, "facts")}
-    assert processor._get_mm_hashes(inputs({"tokencomp": {"ratio": 0}})) == {}
 
 
 def test_options_of_requests_are_never_mixed_up() -> None:

@@ -111,16 +111,17 @@ class VllmGuard(Guard):
             exchange = EXCHANGE.get(None)
             if saved is None or exchange is None:
                 return generate(prompt, sampling, *args, **kwargs)
-            transfer, mark = roles.kv_params(sampling), ""
-            if transfer is not None:
-                try:
-                    roles.check_transfer(prompt, transfer)
-                except RequestError as error:  # to which vLLM answers
-                    exchange.refusal = str(error)
-                    roles.forget(client, prompt)
-                    raise
-                mark = roles.mark_of(prompt)
-            role = roles.role_of(getattr(client, "vllm_config", None), transfer)
+            config = getattr(client, "vllm_config", None)
+            transfer = roles.transfer_params(sampling, roles.KV_PARAMS)
+            try:
+                roles.check_transfer(prompt, transfer)
+                roles.check_grids(prompt, sampling, config)
+            except RequestError as error:  # to which vLLM answers
+                exchange.refusal = str(error)
+                roles.forget(client, prompt)
+                raise
+            mark = roles.mark_of(prompt) if transfer is not None else ""
+            role = roles.role_of(config, transfer)
             self.metrics.count(saved, role)
             exchange.details = saved
             self.room.leave(exchange)

@@ -38,6 +38,13 @@ class MRopeProcessor(CompressingProcessor):
             for i, spans in enumerate(layouts)
         ]
 
+    def needs_pixels(self, modality: str) -> str:
+        """Frames of Qwen2.5-VL are some seconds apart, which encoders of vLLM do not report."""
+        timed = hasattr(self.info.get_hf_config().vision_config, "tokens_per_second")
+        if modality == "image" or not timed:
+            return ""
+        return "positions of its frames depend on seconds, which an encoder does not hand on"
+
     def check_positions(self, sizes: list[ItemSize]) -> None:
         """Refuse positions beyond the rotary tables: grids that keep few tokens are long."""
         config = self.info.ctx.model_config

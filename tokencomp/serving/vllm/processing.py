@@ -18,7 +18,7 @@ from vllm.multimodal.processing import PromptUpdate, PromptUpdateDetails
 import tokencomp
 from tokencomp.errors import OptionError
 from tokencomp.method import Method
-from tokencomp.serving import ENV_RULES, KEY
+from tokencomp.serving import ENV_RULES, ENV_UNTESTED, KEY
 from tokencomp.serving.item_plan import (
     ItemPlan,
     ItemSize,
@@ -28,6 +28,7 @@ from tokencomp.serving.item_plan import (
 )
 from tokencomp.serving.saved import process_metrics
 from tokencomp.serving.spec import ServerOptions
+from tokencomp.serving.vllm import PIXELS
 from tokencomp.serving.vllm.entry import configured_options
 from tokencomp.serving.vllm.metrics import item_sizes, saved_by
 from tokencomp.serving.vllm.repeats import Compared, KeptPixels, chained, compares, item_cells
@@ -62,6 +63,8 @@ class CompressingProcessor:
         model_config = self.info.ctx.model_config
         self._options = server_options(model_config)
         self._facts = config_facts(model_config.hf_config, model_config.model)
+        # Of all items, also uncompressed ones: what says how their rows are laid out.
+        self._layout = {"version": tokencomp.__version__, "sizes": self._options.merging}
         self._check_tower(self._options.default)
         if self._options.default.active:  # weights that are missing end the start
             self._options.default.built_reducer.bind(self._facts)
@@ -83,6 +86,10 @@ class CompressingProcessor:
 
     def check_positions(self, sizes: list[ItemSize]) -> None:
         """Refuse a request whose positions exceed the model's rotary tables."""
+
+    def needs_pixels(self, modality: str) -> str:
+        """Why the grid alone does not give the positions of an item, or ""."""
+        return ""
 
     def shorten(self, tokens: Any, plan: ItemPlan) -> Any:
         """Tokens of a compressed item: the first placeholders of every span, and all text."""
@@ -177,13 +184,20 @@ class CompressingProcessor:
         return result
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
-        """Media hashes that depend on options and weights; without options, those of vLLM."""
+        """Media hashes that depend on options, weights, release and layout of rows.
+
+        They do not depend on the limit of pixels, which the other media of a request change:
+        engines in other processes get other media with an item.
+        """
         spec = self._spec(inputs.hf_processor_mm_kwargs)
         kwargs = self._plain(inputs.hf_processor_mm_kwargs)
-        if spec.active:
-            kwargs[KEY] = cache_key(spec, self._facts)
+        kwargs[KEY] = {**(cache_key(spec, self._facts) if spec.active else {}), **self._layout}
+        reading = {
+            modality: {name: v for name, v in options.items() if name != PIXELS}
+            for modality, options in inputs.media_io_kwargs.items()
+        }
         hashes = super()._get_mm_hashes(  # type: ignore[misc]  # of vLLM's class
-            replace(inputs, hf_processor_mm_kwargs=kwargs)
+            replace(inputs, hf_processor_mm_kwargs=kwargs, media_io_kwargs=reading)
         )
         if compares(spec):
             self._hashes = hashes = {m: chained(h) for m, h in hashes.items()}
@@ -226,6 +240,31 @@ class CompressingProcessor:
             self._kept.keep(options.hashes[modality][-1], memory)
         return [cells for i, cells in enumerate(found) if not (cached and cached[i])]
 
+    def _check_given(self, modality: str, given: Mapping[str, Any], spec: Method) -> None:
+        """Refuse media that came without pixels, unless their grid is enough to plan them.
+
+        An engine after an encoder in another process gets `given`: the grid of all items, and the
+        timestamps of clips of Qwen3-VL. Their rows are those that the encoder stored under the
+        same media hash.
+        """
+        if f"{modality}_embeds" in given:
+            if spec.active:
+                raise OptionError(
+                    f"precomputed {modality} embeddings cannot be compressed; send pixels, or "
+                    'request {"ratio": 0}.'
+                )
+            return
+        reason = self.needs_pixels(modality)
+        if spec.repeats is not None:
+            reason = reason or f"reducer {spec.repeats.name!r} decides by pixels how many it keeps"
+        elif spec.active and ENV_RULES not in os.environ and os.environ.get(ENV_UNTESTED) != "1":
+            reason = reason or (
+                "only `tokencomp serve` compares its hash with that of the encoder "
+                f"({ENV_UNTESTED}=1 tries it)"
+            )
+        if reason:
+            raise OptionError(f"a grid of modality {modality} without pixels: {reason}. Send them.")
+
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         """Run the processor and add the plan of every compressed item as a field."""
         spec = self._spec(hf_kwargs)
@@ -233,14 +272,13 @@ class CompressingProcessor:
             mm_items=mm_items, hf_kwargs=self._plain(hf_kwargs)
         )
         for modality in MODALITIES:
-            if not spec.active or modality not in mm_items or not len(mm_items[modality]):
+            if modality not in mm_items or not len(mm_items[modality]):
                 continue
             items = mm_items[modality]
-            if items.get_passthrough_data():
-                raise OptionError(
-                    f"precomputed {modality} embeddings cannot be compressed; send pixels, or "
-                    'request {"ratio": 0}.'
-                )
+            if given := items.get_passthrough_data():
+                self._check_given(modality, given, spec)
+            if not spec.active:
+                continue
             layouts = self.layouts(modality, items, data)
             extents = self.extents(modality, layouts, data)
             cells = self._kept_cells(modality, data, hf_kwargs, len(layouts))

@@ -26,10 +26,12 @@ from tokencomp.serving.media import (
 )
 from tokencomp.serving.spec import ServerOptions, as_mapping, names_amount, with_ratio
 from tokencomp.serving.video import with_request
+from tokencomp.serving.vllm import PIXELS
 from tokencomp.serving.vllm.roles import check_sender
 from tokencomp.serving.vllm.rules import Rules
 
 MEDIA = ("image_url", "video_url")
+GRIDS = ("image_embeds", "video_embeds")  # of a router: what an encoder has encoded
 TEXTS = ("text", "refusal")
 MESSAGE = ("role", "content", "name", "reasoning", "reasoning_content", "refusal", "tool_call_id")
 DATA_URL = re.compile(r"\s*data:[\w.+-]+/[\w.+-]+[;,]", re.IGNORECASE)
@@ -71,7 +73,7 @@ def read_request(
 
     `ratio` is that of requests with media that name none, if the server is under load. Other
     paths than `chat` have media in messages of the same form, or none; some have no body. A
-    `router` may send transfer parameters.
+    `router` may send transfer parameters, names of media, and grids of media without pixels.
     """
     if not (chat or body):
         return Request(body, {}, [])
@@ -93,7 +95,7 @@ def read_request(
     changed = [_take_ignored(message) for message in messages]
     for message in messages:
         _check_fields(message)
-    media = [part for message in messages for part in _media(message)]
+    media = [part for message in messages for part in _media(message, router)]
     if not chat:
         _check_no_media({name: v for name, v in fields.items() if name != "messages"})
     if len(media) > rules.limits.max_items:
@@ -129,7 +131,7 @@ def check_media(request: Request, rules: Rules) -> None:
     given = request.fields.get("media_io_kwargs") or {}
     video = given.get("video") or {} if isinstance(given, dict) else None
     if files and rules.chosen_frames and isinstance(video, dict):
-        video = {**video, "pixels": left // files}
+        video = {**video, PIXELS: left // files}
         request.set("media_io_kwargs", {**given, "video": video})
 
 
@@ -170,24 +172,31 @@ def _check_fields(message: dict[str, Any]) -> None:
             )
 
 
-def _media(message: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def _media(message: dict[str, Any], router: bool) -> list[tuple[str, dict[str, Any]]]:
     """Return type and URL object of the media of a message, whose parts are all of a known form.
 
     vLLM reads more types of parts, and by their other keys also parts without a type: files that
     are not below the media path, other hosts, pickled tensors. What is not known here is refused.
+    A `router` also sends the name of a medium, and the grid of one that an encoder has encoded:
+
+        {"type": "image_embeds", "image_embeds": {"image_grid_thw": [1, 16, 22]}, "uuid": "..."}
     """
     content, media = message.get("content"), []
     if content is None or isinstance(content, str):
         return []
     for part in content if isinstance(content, list) else [None]:
         given = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
+        kind = given.pop("type", None)
+        if router and kind in (*MEDIA, *GRIDS):
+            given.pop("uuid", None)
         if "uuid" in given:
             raise RequestError(
                 "uuid of a media part: it would name an entry of caches that all clients share. "
                 "Leave it out; equal media are recognized by their content."
             )
-        kind = given.pop("type", None)
-        value = given.pop(kind, None) if kind in (*TEXTS, *MEDIA) else None
+        value = given.pop(kind, None) if kind in (*TEXTS, *MEDIA, *GRIDS) else None
+        if router and kind in GRIDS and not given and _is_grid(value):
+            continue
         if kind in MEDIA and isinstance(value, dict) and not given:
             known = {k: v for k, v in value.items() if v is not None and k != "detail"}
             if list(known) == ["url"] and isinstance(known["url"], str):
@@ -199,6 +208,11 @@ def _media(message: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
                 f"expected a text, or an image or video such as {FORM}."
             )
     return media
+
+
+def _is_grid(value: Any) -> bool:
+    """Whether a value has lists alone, whose numbers vLLM checks; it reads tensors from texts."""
+    return isinstance(value, dict) and all(isinstance(v, list) for v in value.values())
 
 
 def _set_options(request: Request, options: ServerOptions, ratio: float | None) -> None:

@@ -9,6 +9,11 @@ decode. Some connectors find blocks by these numbers alone. A prefill and a deco
 ratios, reducers or prompts would then answer wrongly, or the engine would end. Therefore the front
 end of the prefill adds a mark to `kv_transfer_params`, a hash of the prompt and of its media, and
 the front end of the decode refuses another mark.
+
+A router may replace the pixels of an item by the grid that the encoder has reported in its
+`ec_transfer_params`, by media hash. A prefill or decode with other options has another hash, under
+which there are no rows, and it has no pixels to encode. It therefore refuses a hash that is not
+among those of the encoder.
 """
 
 from __future__ import annotations
@@ -109,9 +114,9 @@ def role_of(config: Any, params: Any) -> str:
 # -- prefill and decode ----------------------------------------------------------------------------
 
 
-def kv_params(sampling: Any) -> Any:
-    """The `kv_transfer_params` of the sampling parameters of a request, or None."""
-    return (getattr(sampling, "extra_args", None) or {}).get(KV_PARAMS)
+def transfer_params(sampling: Any, name: str) -> Any:
+    """The transfer parameters in the sampling parameters of a request, or None."""
+    return (getattr(sampling, "extra_args", None) or {}).get(name)
 
 
 def mark_of(prompt: Mapping[str, Any]) -> str:
@@ -163,3 +168,33 @@ def check_transfer(prompt: Mapping[str, Any], params: Any) -> None:
             "model name, --ratio, --reducer, --merge and release of tokencomp, or name the options "
             "in the request."
         )
+
+
+# -- media without pixels --------------------------------------------------------------------------
+
+
+def check_grids(prompt: Mapping[str, Any], sampling: Any, config: Any) -> None:
+    """Refuse an item without pixels whose rows are nowhere; raises `RequestError` (400).
+
+    A decode that has passed `check_transfer` has the blocks of the prompt, and needs no rows.
+    """
+    asked = transfer_params(sampling, KV_PARAMS)
+    if isinstance(asked, dict) and asked.get("do_remote_prefill"):
+        return
+    encoder = getattr(config, "ec_transfer_config", None)
+    consumes = encoder is not None and encoder.is_ec_consumer
+    stored = (transfer_params(sampling, EC_PARAMS) or {}) if consumes else {}
+    for modality, items in (prompt.get("mm_kwargs") or {}).items():
+        for key, item in zip(prompt["mm_hashes"][modality], items, strict=True):
+            if item is not None and not _has_pixels(item) and key not in stored:
+                raise RequestError(
+                    f"a grid of modality {modality} without pixels, whose media hash {key[:16]} "
+                    f"is not in {EC_PARAMS}. Give encoder, prefill and decode the same model "
+                    "name, --ratio, --reducer, --merge and release of tokencomp, or name the "
+                    f"options in the request, and send the whole {EC_PARAMS} of the encoder."
+                )
+
+
+def _has_pixels(item: Mapping[str, Any]) -> bool:
+    """Whether vLLM can encode an item, or has its embeddings."""
+    return any(name.startswith("pixel_values") or name.endswith("_embeds") for name in item)
