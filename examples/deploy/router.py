@@ -46,7 +46,10 @@ async def chat(request: Request) -> Response:
     except httpx.TransportError:
         pass
     asked = client.build_request("POST", os.environ["DECODE"] + CHAT, json=body, headers=head)
-    answer = await client.send(asked, stream=True)
+    try:
+        answer = await client.send(asked, stream=True)
+    except httpx.TransportError:
+        return Response("the decode ended or cannot be reached; send the request again", 502)
     kind = answer.headers.get("content-type")
     return StreamingResponse(answer.aiter_raw(), answer.status_code, media_type=kind)
 

@@ -42,9 +42,15 @@ def commands() -> dict[str, list[str]]:
         },
         **{
             f"kubernetes.nodes.yaml {pod['metadata']['name']}": container_of_pod(pod)["args"]
-            for pod in documents("kubernetes.nodes.yaml")
+            for pod in roles_of_pods()
         },
     }
+
+
+def roles_of_pods() -> list[dict[str, Any]]:
+    """Return the deployments of prefill and decode."""
+    found = [d for d in documents("kubernetes.nodes.yaml") if d["kind"] == "Deployment"]
+    return [d for d in found if "role" in d["spec"]["template"]["metadata"]["labels"]]
 
 
 def text(name: str) -> str:
@@ -173,7 +179,7 @@ def test_both_roles_find_each_other() -> None:
     services = documents("compose.nodes.yaml")[0]["services"]
     for roles in (
         [services[name]["command"] for name in ("prefill", "decode")],
-        [container_of_pod(pod)["args"] for pod in documents("kubernetes.nodes.yaml")],
+        [container_of_pod(pod)["args"] for pod in roles_of_pods()],
     ):
         one, other = ({a for a in words if not a.startswith("--port=")} for words in roles)
         assert one == other and any(a.startswith("--router=") for a in one)
@@ -184,6 +190,53 @@ def test_both_roles_find_each_other() -> None:
     for name in ("prefill", "decode"):
         (port,) = [a.partition("=")[2] for a in services[name]["command"] if "--port" in a]
         assert env[name.upper()] == f"http://127.0.0.1:{port}"
+
+
+def test_both_files_start_the_same_roles() -> None:
+    """Of compose as processes (test_vllm_nixl), so that the commands of the pods are run too."""
+    cpu = {"--kv-transfer-config.kv_buffer_device", "--enforce-eager", "--dtype", "--block-size"}
+    cases = {"--model", "--ratio", "--router", "--port", "--host"}  # of one machine or a cluster
+    services = documents("compose.nodes.yaml")[0]["services"]
+    for pod in roles_of_pods():
+        role = pod["spec"]["template"]["metadata"]["labels"]["role"]
+        commands = [services[role]["command"], container_of_pod(pod)["args"]]
+        one, other = (
+            [word for word in words if word.partition("=")[0] not in cpu | cases]
+            for words in commands
+        )
+        assert one == other, role
+        for name in cases - {"--port", "--host"}:
+            assert all(any(w.startswith(f"{name}=") for w in words) for words in commands)
+
+
+def test_pods_reach_each_other_through_the_router() -> None:
+    """The router is that of compose; its services lead to the roles, and clients to it alone."""
+    given = documents("kubernetes.nodes.yaml")
+    found = {(d["kind"], d["metadata"]["name"]): d["spec"] for d in given}
+    pods = {d["metadata"]["name"]: d["spec"]["template"] for d in given if "template" in d["spec"]}
+    for name, pod in pods.items():
+        labels = pod["metadata"]["labels"]
+        assert found["Deployment", name]["selector"]["matchLabels"] == labels
+        service = found["Service", name]
+        assert [n for n, p in pods.items() if service["selector"].items()
+                <= p["metadata"]["labels"].items()] == [name]  # fmt: skip
+        (container,), (port,) = pod["spec"]["containers"], service["ports"]
+        assert port["targetPort"] == container["ports"][0]["name"] and port["port"] == 80
+    router = container_of_pod(documents("kubernetes.nodes.yaml")[2])
+    compose = documents("compose.nodes.yaml")[0]["services"]["router"]
+    assert (router["command"], router["args"]) == (compose["entrypoint"], compose["command"])
+    env = {entry["name"]: entry["value"] for entry in router["env"]}
+    assert env.keys() == compose["environment"].keys()
+    for role in ("prefill", "decode"):
+        assert env[role.upper()] == f"http://tokencomp-{role}"
+    (mount,), (volume,) = router["volumeMounts"], compose["volumes"]
+    assert volume == f"./router.py:{mount['mountPath']}/router.py:ro"
+    policy = found["NetworkPolicy", "tokencomp-nodes"]
+    (rule,) = policy["podSelector"]["matchExpressions"]
+    closed = [n for n, p in pods.items() if p["metadata"]["labels"].get("role") in rule["values"]]
+    assert closed == ["tokencomp-prefill", "tokencomp-decode"]
+    entering = [rule["from"][0]["podSelector"]["matchLabels"] for rule in policy["ingress"]]
+    assert entering == [{"app": "tokencomp-router"}, {"app": "tokencomp"}]
 
 
 # -- monitoring -------------------------------------------------------------------------------
