@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from benchmarks.long.answers import ask, items_of
+from benchmarks.long.answers import ask
 from benchmarks.long.redrawn import redrawn
 from benchmarks.long.settings import DEFAULT, RATIOS
 from benchmarks.long.stored import Answers
 from benchmarks.publishing import environment
 from tokencomp.evaluation.settings import DOWNSCALE, MERGE, RANDOM, UNIFORM, Setting
-from tokencomp.zoo.shapesqa.long_scenes import SIDE, LongItem
+from tokencomp.zoo.shapesqa.long_scenes import SIDE, LongItem, item
 
 KIND = "images"
 Asked = tuple[tuple[str, dict[str, Any]], ...]
@@ -36,8 +37,8 @@ class Confirmation:
         Reducers with their options, at all of `RATIOS`.
     other : bool
         Whether pictures are drawn by `redrawn`.
-    sides
-        Sides of the pictures that are asked about.
+    sides, most
+        Sides of the pictures that are asked about, and their largest number of objects.
     """
 
     file: str
@@ -46,20 +47,23 @@ class Confirmation:
     methods: Asked
     other: bool
     sides: tuple[int, ...] = SIDE
+    most: int = 12
 
     def settings(self) -> list[Setting]:
         """The full model first; smaller pictures replace what the tower gave: they come last."""
         return [Setting(), *(Setting(n, r, dict(o)) for n, o in self.methods for r in RATIOS)]
 
     def items(self, split: str, families: Sequence[str] = (), each: int = 0) -> list[LongItem]:
-        """The first items of every family whose pictures have one of the sides."""
-        each = each or self.each
-        every = items_of(KIND, split, 4 * each)
+        """The first items of every family whose pictures fit."""
         out = []
         for family in families or self.families:
-            fits = [x for x in every if x.family == family and x.scenes[0].width in self.sides]
-            out += fits[:each]
+            every = (item(split, family, k) for k in count())
+            out += islice(filter(self._fits, every), each or self.each)
         return [redrawn(one) for one in out] if self.other else out
+
+    def _fits(self, one: LongItem) -> bool:
+        scene = one.scenes[0]
+        return scene.width in self.sides and len(scene.things) <= self.most
 
 
 CONFIRMATIONS = {
@@ -83,6 +87,7 @@ CONFIRMATIONS = {
         ),
         other=False,
         sides=SIDE[:1],
+        most=6,
     ),
 }  # fmt: skip
 

@@ -111,11 +111,12 @@ trained on such pictures, and nothing was adjusted to its answers. {items} test 
     "family": """## A second family
 
 `python -m benchmarks.long confirm family --model FOLDER`: tiny-gemma3, trained further by `python
--m recipes.long.build --model tiny-gemma3`. A picture has 64 tokens, which see each other; ten of
-twelve layers look back over 48 tokens, so that two layers read most of the picture for most of an
-answer. All pictures become 224 × 224 px, so `downscale` saves nothing. It has not learnt to read or
-to compare, and its weights are not stored. {items} test questions about pictures of 224 px with
-{facts} facts; the full model has these shares right: {right}. Cells as above.
+-m recipes.long.build --model tiny-gemma3` to describe and count. A picture has 64 tokens, which see
+each other; ten of twelve layers look back over 48 tokens, so that two layers read most of the
+picture for most of an answer. All pictures become 224 × 224 px, so `downscale` saves nothing. The
+weights are not stored. {items} test questions about pictures of 224 px with three to six objects,
+and {facts} facts; the full model has these shares right:
+{right}. Cells as above.
 """,
 }
 _ORDER = """\

@@ -56,13 +56,14 @@ RECIPE = (
         **RATES,
     ),
 )
-_PICTURES: dict[str, Any] = {"shares": (("picture", 1.0),), "sides": SIDE[:1], **RATES}
+_PICTURES: dict[str, Any] = {"shares": (("picture", 1.0),), "sides": SIDE[:1], "most": 6, **RATES}
 STILL = (
-    LongStage("few", 200, most=6, primers=1.0, helpers=0.3, **_PICTURES),
-    LongStage("many", 300, primers=0.8, helpers=0.2, **_PICTURES),
-    LongStage("settle", 250, primers=0.4, describe=0.7, helpers=0.1, end=0.02, **_PICTURES),
+    LongStage("few", 180, primers=1.0, helpers=0.3, **_PICTURES),
+    LongStage("settle", 150, primers=0.4, helpers=0.1, end=0.02, **_PICTURES),
+    LongStage("finish", 100, primers=0.4, helpers=0.1, start=0.5, end=0.01, **_PICTURES),
 )
-"""One picture of one size is described and counted: Gemma 3 resizes all to 64 tokens."""
+"""One picture of one size and three to six objects is described, and counted: Gemma 3 resizes all
+pictures to 64 tokens, so that sizes of objects would not be told apart in pictures of two sizes."""
 
 
 @dataclass(frozen=True)

@@ -194,11 +194,13 @@ def test_confirmed_orders():
     assert "tell no two of the three apart" in text
 
 
-def test_confirmations_ask_about_pictures_of_their_sides():
+def test_confirmations_ask_about_pictures_that_fit():
     for how in CONFIRMATIONS.values():
         items = how.items("validation", each=3)
         assert [one.family for one in items] == [f for f in how.families for _ in range(3)]
         assert {one.scenes[0].width for one in items} <= {*how.sides}
+        assert all(len(one.scenes[0].things) <= how.most for one in items)
+        assert len({one.id for one in items}) == len(items)
 
 
 def test_every_setting_has_a_label_of_its_own():
