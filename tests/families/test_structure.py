@@ -18,6 +18,7 @@ from support.family.mistral import Mistral3
 from support.family.structural import STRUCTURAL
 
 import tokencomp
+from tokencomp.adapters.base import per_medium, sizes_in, token_counts
 from tokencomp.adapters.registry import adapter_for, available_models
 from tokencomp.adapters.retrieval import ColPaliAdapter, ColQwen2Adapter
 from tokencomp.adapters.structural import (
@@ -26,9 +27,6 @@ from tokencomp.adapters.structural import (
     cut_media,
     grid_from_positions,
     grid_from_size,
-    per_medium,
-    sizes_in,
-    token_counts,
 )
 from tokencomp.adapters.structure import find_parts
 from tokencomp.errors import (

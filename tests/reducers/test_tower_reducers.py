@@ -16,7 +16,7 @@ from transformers import Qwen2VLVideoProcessor
 import tokencomp
 from tokencomp import Plan, Tokens, TowerStage, make_reducer
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.adapters.towers.base import EncoderCall
+from tokencomp.adapters.towers.base import TowerCall
 
 
 def span(
@@ -158,7 +158,7 @@ def test_patches_of_the_qwen_processor_hold_frames_side_by_side() -> None:
     clip = torch.zeros(4, 3, 4 * patch, 4 * patch, dtype=torch.uint8)
     clip[1::2] = 255
     made = processor(videos=[clip], return_tensors="pt")
-    call = EncoderCall(made["pixel_values_videos"], made["video_grid_thw"], "video")
+    call = TowerCall(made["pixel_values_videos"], made["video_grid_thw"], "video")
     pixels = adapter.tower_layout().cells(call, TowerStage(0, 0.5, make_reducer("kcenter"))).pixels
     assert pixels.shape[1:3] == (3, 2)
     assert float(pixels[:, :, 0].amax()) == 0 and float(pixels[:, :, 1].amin()) == 1

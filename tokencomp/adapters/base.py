@@ -1,8 +1,11 @@
-"""What compression needs to know about a model, and calls of its body and of its vision tower."""
+"""What compression needs to know about a model, calls of its body, and what these encode."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, ClassVar
@@ -21,10 +24,14 @@ from tokencomp.adapters.structure import (
     parameters_of,
     row_scales,
 )
-from tokencomp.adapters.towers.base import Tower, unknown_cells
-from tokencomp.tokens.signals import Signal
+from tokencomp.adapters.towers.base import Tower, TowerCall, unknown_cells
 from tokencomp.tokens.tokens import CODES, MODALITIES, Modality, VisualSpan
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.hooks import Hooked
+from tokencomp.torchlib.replace import MethodReplacement
 
+INTEGERS = (torch.int32, torch.int64)
+Size = tuple[int, int, int]
 Run = tuple[int, int, Modality]  # start, stop, modality of equal placeholders
 ENCODED = "mm_encoder_outputs"  # features that `generate` has encoded, by modality
 TYPES = "mm_token_type_ids"  # 0 text, 1 image, 2 video, 3 audio, from the processor
@@ -58,26 +65,169 @@ class MediaCall:
     inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
+# -- media that the body has encoded ---------------------------------------------------------------
+
+
 @dataclass
-class TowerCall:
-    """One call of the vision tower: all images, or all videos, of a batch.
+class Encoding:
+    """Media of one modality that a body has encoded in one call, in the order of the batch.
 
     Attributes
     ----------
-    values
-        By signal, float32, (pictures, rows, d); in packed towers all media are one picture.
-    grids : Tensor of int64, shape (media, 3), or None
-        (t, h, w) in patches, for towers that take them.
-    packing
-        Tiles per image, and the other arguments of `Adapter.packer`, if it was called.
+    lengths
+        Tokens of each medium, or of each tile if the body encodes tiles.
+    tables
+        Arguments of the call that may contain the sizes of the media.
+    map : tuple of two int, or None
+        Height and width of the feature map, for towers that return one.
     """
 
-    values: dict[Signal, Tensor]
-    grids: Any = None
-    packing: tuple[list[int], tuple[Any, ...], dict[str, Any]] | None = None
+    lengths: list[int] = field(default_factory=list)
+    tables: list[Any] = field(default_factory=list)
+    map: tuple[int, int] | None = None
+
+    @functools.cached_property
+    def sizes(self) -> list[Size]:
+        """(t, h, w) of each medium in the unit of the call, patches or pixels; empty if unknown.
+
+        Computed on demand: it reads a table from the device, and positions often give the grid.
+        """
+        tables = (per_medium(sizes_in(table), self.lengths) for table in self.tables)
+        return next(filter(None, tables), [])
+
+    def size(self, counts: list[int], number: int) -> Size | None:
+        """Size of medium `number` of a batch with `counts` media per sample; None if unknown.
+
+        Beam search repeats the samples of a batch after encoding, copies of a sample being
+        adjacent.
+        """
+        known, order, cursor = self.sizes, list[Size](), 0
+        copies, rest = divmod(sum(counts), len(known) or 1)
+        if not known or rest or len(counts) % copies:
+            return None
+        for count in counts[::copies]:
+            order += known[cursor : cursor + count] * copies
+            cursor += count
+        return order[number] if len(order) == sum(counts) else None
 
 
-class Adapter:
+class EncodedMedia(threading.local):
+    """Calls of the methods of a body that encode media: the running one, and the last ones.
+
+    `generate` of transformers >= 5.18 encodes media before it calls the model, and drops arguments
+    that only the encoder reads, which give the shape of images.
+
+    Attributes
+    ----------
+    latest
+        By modality, results of the last call in this thread.
+    """
+
+    def __init__(self) -> None:
+        self.latest: dict[Modality, Encoding] = {}
+        self._running: tuple[Modality, Callable[..., Any], Any, dict[str, Any]] | None = None
+
+    def watch(self, body: Any, methods: Mapping[str, Modality]) -> list[MethodReplacement]:
+        """Wrap the encoding `methods` of `body` (name → modality) to note their calls."""
+        return [
+            MethodReplacement(body, name, functools.partial(self._call, modality))
+            for name, modality in methods.items()
+        ]
+
+    @property
+    def running(self) -> tuple[Modality, dict[str, Any]]:
+        """Modality and arguments, by name, of the running call of this thread.
+
+        An image without arguments, if the tower was called directly.
+        """
+        if self._running is None:
+            return "image", {}
+        modality, method, args, kwargs = self._running
+        bound = inspect.signature(method).bind_partial(*args, **kwargs).arguments
+        return modality, {**bound, **bound.get("kwargs", {})}
+
+    def _call(
+        self, modality: Modality, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if self._running:  # the method for videos calls that for images (Qwen3.5)
+            return original(*args, **kwargs)
+        self._running = modality, original, args, kwargs
+        try:
+            out = original(*args, **kwargs)
+        finally:
+            self._running = None
+        self._note(modality, [*args, *kwargs.values()], out)
+        return out
+
+    @compat.not_compiled
+    def _note(self, modality: Modality, arguments: list[Any], out: Any) -> None:
+        last = getattr(out, "last_hidden_state", None)
+        # Not pixels, which would be kept in memory.
+        tables = [a for a in arguments if not isinstance(a, Tensor) or a.dtype in INTEGERS]
+        encoding = Encoding(token_counts(out), tables)
+        if isinstance(last, Tensor) and last.ndim == 4:
+            encoding.map = last.shape[-2], last.shape[-1]
+        self.latest[modality] = encoding
+
+
+def token_counts(out: Any) -> list[int]:
+    """Tokens of every medium or tile that an encoding method returns.
+
+    Its features are (tiles, n, d), or a list of (…, n, d). Empty for concatenated features (n, d),
+    whose ends are unknown, and for features of single patches, (n, 1, d) (Inkling).
+    """
+    fields = (getattr(out, name, None) for name in ("pooler_output", "last_hidden_state"))
+    # Remote code returns only the features.
+    features = next((value for value in fields if value is not None), out)
+    if isinstance(features, list | tuple):
+        tensors = [item for item in features if isinstance(item, Tensor) and item.ndim >= 2]
+    else:
+        tensors = [features] if isinstance(features, Tensor) and features.ndim >= 3 else []
+    counts = [n for item in tensors for n in [item.shape[-2]] * item.shape[:-2].numel()]
+    return counts if max(counts, default=0) > 1 else []
+
+
+def sizes_in(argument: Any) -> list[tuple[int, int, int]]:
+    """Sizes (t, h, w) in an argument of an encoder; empty if it contains something else.
+
+    An integer table with two or three columns contains sizes. With a further axis it contains patch
+    coordinates, padded with -1, whose maximum gives the size.
+    """
+    if isinstance(argument, list | tuple):
+        try:
+            argument = torch.tensor(argument)
+        except (TypeError, ValueError, RuntimeError):  # pictures, strings, rows of several lengths
+            return []
+    if not isinstance(argument, Tensor) or argument.dtype not in INTEGERS:
+        return []
+    if argument.ndim == 3 and argument.shape[-1] == 2:
+        argument = (argument.amax(1) + 1).flip(-1)  # coordinates are (x, y)
+    if argument.ndim != 2 or argument.shape[1] not in (2, 3):
+        return []
+    rows = argument.tolist()
+    return [(row[0] if len(row) == 3 else 1, row[-2], row[-1]) for row in rows]
+
+
+def per_medium(sizes: list[tuple[int, int, int]], lengths: list[int]) -> list[tuple[int, int, int]]:
+    """One size for each medium of `lengths` tokens, or none.
+
+    A size per frame can stand for the video of these frames (Gemma 4).
+    """
+    if len(sizes) == len(lengths) or not sizes or not lengths:
+        return sizes if len(sizes) == len(lengths) else []
+    tokens, rest = divmod(sum(lengths), len(sizes))
+    _, height, width = sizes[0]
+    if rest or not tokens or any(size != (1, height, width) for size in sizes):
+        return []
+    if any(n % tokens for n in lengths):
+        return []
+    return [(n // tokens, height, width) for n in lengths]
+
+
+# -- what a family adds ----------------------------------------------------------------------------
+
+
+class Adapter(Hooked):
     """What compression needs to know about one model. Subclasses add what its structure does not
     show.
 
@@ -102,6 +252,10 @@ class Adapter:
         Field of the config → first row whose queries are scaled by their row number.
     placeholders
         Token id → modality (1 image, 2 video, 3 audio).
+    encoders
+        Methods of the body that encode media, and of which modality.
+    encoded
+        Their calls, while the model is patched.
     layers_read_positions
         Whether layers may read `position_ids` other than for the rotary embedding.
     """
@@ -110,6 +264,7 @@ class Adapter:
     model_types: ClassVar[tuple[str, ...]] = ()
     signals: ClassVar[tuple[str, ...]] = ("query", "attention", "frames")
     packer: ClassVar[str | None] = None
+    encoders: ClassVar[dict[str, Modality]] = {f"get_{name}_features": name for name in CODES}
     layer_stages: ClassVar[bool] = True
     mrope: bool = False
     layers_read_positions: ClassVar[bool] = False
@@ -124,6 +279,7 @@ class Adapter:
         self.mrope_rows = mrope_rows(parts) or 3 * self.mrope
         self.mrope = self.mrope_rows > 0
         self.placeholders = find_placeholders(parts)  # raises if there are none
+        self.encoded = EncodedMedia()
 
     def find_parts(self, model: nn.Module) -> Parts:
         return find_parts(model)
@@ -214,11 +370,6 @@ class Adapter:
             This is unknown.
         """
         raise unknown_cells(self.family)
-
-    @property
-    def encodes_now(self) -> Modality | None:
-        """Modality that is being encoded in this thread; None if unknown."""
-        return None
 
     @property
     def media(self) -> set[str]:
@@ -315,10 +466,14 @@ class Adapter:
         raise NotImplementedError
 
     def install(self) -> None:
-        """Called when the model is patched."""
+        """Note calls of the methods that encode media, while the model is patched."""
+        self.uninstall()
+        self._handles.extend(self.encoded.watch(self.body, self.encoders))
 
     def uninstall(self) -> None:
         """Undo `install`; safe to call twice."""
+        self.remove()
+        self.encoded.latest = {}
 
 
 def runs_of(modalities: Tensor) -> list[list[Run]]:

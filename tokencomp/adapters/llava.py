@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencomp.adapters.base import ENCODED, Adapter, MediaCall, Run, TowerCall
+from tokencomp.adapters.base import ENCODED, Adapter, MediaCall, Run
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.tiles import TileAdapter
+from tokencomp.adapters.towers.base import TowerCall
 from tokencomp.adapters.towers.dense import DenseTower, bilinear, squares
 from tokencomp.adapters.towers.mosaic import MosaicTower
 from tokencomp.errors import SpanError
@@ -20,7 +21,7 @@ from tokencomp.tokens.tokens import VisualSpan
 def _tower(adapter: TileAdapter, kind: type[DenseTower], **options: Any) -> DenseTower:
     """A tower whose patches are the image tokens, each projected independently."""
     projector, layer = adapter.projector, adapter.feature_layer
-    options = {"restorer": projector, "layer": layer, "owner": adapter.body, **options}
+    options = {"restorer": projector, "layer": layer, **options}
     return kind(adapter.tower, projector, squares(adapter.patches_per_side, 1), **options)
 
 
@@ -46,7 +47,6 @@ class LlavaNextAdapter(TileAdapter):
     model_types = ("llava_next",)
     packer = "pack_image_features"
     spans = Adapter.spans  # by `row_spans`: token counts do not give the parts of a medium
-    install = Adapter.install
 
     def tower_layout(self) -> DenseTower:
         return _tower(self, MosaicTower, body=self.body)

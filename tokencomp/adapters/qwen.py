@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokencomp.adapters.base import TowerCall
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structural import StructuralAdapter
+from tokencomp.adapters.towers.base import TowerCall
 from tokencomp.adapters.towers.packed import PackedTower
 from tokencomp.tokens.tokens import Grid
 from tokencomp.torchlib import compat

@@ -1,47 +1,47 @@
 """The adapter of all models without a family adapter.
 
-Calls of the methods that encode media are noted (`EncodedMedia`). Runs of placeholders are cut into
-media by their token counts. The grid of a medium comes from the first of these sources: M-RoPE
-positions, the size that the encoder was called with, rows between line breaks, the feature map of
-the tower, a square given by the config. Without any it is 1×1×n, and unknown.
+Runs of placeholders are cut into media by the token counts of the encoded ones (`EncodedMedia`).
+The grid of a medium comes from the first of these sources: M-RoPE positions, the size that the
+encoder was called with, rows between line breaks, the feature map of the tower, a square given by
+the config. Without any it is 1×1×n, and unknown.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.base import ENCODED, Adapter, MediaCall, Run, runs_of
+from tokencomp.adapters.base import (
+    ENCODED,
+    Adapter,
+    Encoding,
+    MediaCall,
+    Run,
+    Size,
+    runs_of,
+    token_counts,
+)
 from tokencomp.adapters.structure import square_side
 from tokencomp.adapters.towers.base import Tower
 from tokencomp.adapters.towers.packed import PackedTower
 from tokencomp.errors import SpanError
 from tokencomp.tokens.stacks import HostIndex
-from tokencomp.tokens.tokens import CODES, Grid, Modality, VisualSpan
-from tokencomp.torchlib import compat
-from tokencomp.torchlib.hooks import Hooked
-from tokencomp.torchlib.replace import MethodReplacement
+from tokencomp.tokens.tokens import Grid, Modality, VisualSpan
 
 PACKED = ("qwen3_5", "qwen3_5_moe")
 """Model types with the vision tower of Qwen3-VL, where the patches of a token are adjacent."""
-METHODS = "get_{}_features"  # methods of a body that encode media, since transformers 4.5x
-INTEGERS = (torch.int32, torch.int64)
-Size = tuple[int, int, int]
 GivenSize = Callable[[], Size | None]
 
 
-class StructuralAdapter(Adapter, Hooked):
+class StructuralAdapter(Adapter):
     """Finds parts, placeholders, spans and grids by structure.
 
     Spans are whole media if the token count of each is known, else runs of placeholders.
@@ -55,7 +55,6 @@ class StructuralAdapter(Adapter, Hooked):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._patches = self._patches_per_side()
-        self._encoded = EncodedMedia()
 
     @property
     def family(self) -> str:  # type: ignore[override]  # a class variable elsewhere
@@ -65,18 +64,6 @@ class StructuralAdapter(Adapter, Hooked):
         if self.model.config.model_type not in PACKED:
             return super().tower_layout()
         return PackedTower(self.body.visual, self.model.config.vision_config.patch_size)
-
-    @property
-    def encodes_now(self) -> Modality | None:
-        return self._encoded.running
-
-    def install(self) -> None:
-        self.uninstall()
-        self._handles.extend(self._encoded.watch(self.body))
-
-    def uninstall(self) -> None:
-        self.remove()
-        self._encoded.latest = {}
 
     def spans(self, call: MediaCall) -> list[list[VisualSpan]]:
         rows = runs_of(call.modalities)
@@ -106,7 +93,7 @@ class StructuralAdapter(Adapter, Hooked):
         The last encoding belongs to a call with pixels or encoded features (`encoded`). The source
         of features inside `inputs_embeds` is unknown.
         """
-        latest = self._encoded.latest.get(modality)
+        latest = self.encoded.latest.get(modality)
         if latest is None or not encoded:
             latest = self.described(modality, call)
         handed = call.inputs.get(ENCODED)
@@ -189,155 +176,6 @@ def learned_queries(body: nn.Module) -> bool:
     return bool(names & {"query", "queries", "latents", "query_tokens"}) or any(
         name.startswith("query") for name in tables
     )
-
-
-# -- media that a body has encoded -----------------------------------------------------------------
-
-
-@dataclass
-class Encoding:
-    """Media of one modality that a body has encoded in one call, in the order of the batch.
-
-    Attributes
-    ----------
-    lengths
-        Tokens of each medium, or of each tile if the body encodes tiles.
-    tables
-        Arguments of the call that may contain the sizes of the media.
-    map : tuple of two int, or None
-        Height and width of the feature map, for towers that return one.
-    """
-
-    lengths: list[int] = field(default_factory=list)
-    tables: list[Any] = field(default_factory=list)
-    map: tuple[int, int] | None = None
-
-    @functools.cached_property
-    def sizes(self) -> list[Size]:
-        """(t, h, w) of each medium in the unit of the call, patches or pixels; empty if unknown.
-
-        Computed on demand: it reads a table from the device, and positions often give the grid.
-        """
-        tables = (per_medium(sizes_in(table), self.lengths) for table in self.tables)
-        return next(filter(None, tables), [])
-
-    def size(self, counts: list[int], number: int) -> Size | None:
-        """Size of medium `number` of a batch with `counts` media per sample; None if unknown.
-
-        Beam search repeats the samples of a batch after encoding, copies of a sample being
-        adjacent.
-        """
-        known, order, cursor = self.sizes, list[Size](), 0
-        copies, rest = divmod(sum(counts), len(known) or 1)
-        if not known or rest or len(counts) % copies:
-            return None
-        for count in counts[::copies]:
-            order += known[cursor : cursor + count] * copies
-            cursor += count
-        return order[number] if len(order) == sum(counts) else None
-
-
-class EncodedMedia(threading.local):
-    """Stores, per thread, arguments and results of the last calls of a body's encoding methods.
-
-    `generate` of transformers >= 5.18 encodes media before it calls the model, and drops arguments
-    that only the encoder reads, which give the shape of images.
-
-    Attributes
-    ----------
-    running : "image", "video", "audio" or None
-        Modality that is being encoded in this thread.
-    """
-
-    def __init__(self) -> None:
-        self.latest: dict[Modality, Encoding] = {}
-        self.running: Modality | None = None
-
-    def watch(self, body: Any) -> list[MethodReplacement]:
-        """Wrap the encoding methods of `body` to store their calls."""
-        return [
-            MethodReplacement(
-                body, METHODS.format(modality), functools.partial(self._call, modality)
-            )
-            for modality in CODES
-        ]
-
-    def _call(
-        self, modality: Modality, original: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        if self.running:  # the method for videos calls that for images (Qwen3.5)
-            return original(*args, **kwargs)
-        self.running = modality
-        try:
-            out = original(*args, **kwargs)
-        finally:
-            self.running = None
-        self._note(modality, [*args, *kwargs.values()], out)
-        return out
-
-    @compat.not_compiled
-    def _note(self, modality: Modality, arguments: list[Any], out: Any) -> None:
-        last = getattr(out, "last_hidden_state", None)
-        # Not pixels, which would be kept in memory.
-        tables = [a for a in arguments if not isinstance(a, Tensor) or a.dtype in INTEGERS]
-        encoding = Encoding(token_counts(out), tables)
-        if isinstance(last, Tensor) and last.ndim == 4:
-            encoding.map = last.shape[-2], last.shape[-1]
-        self.latest[modality] = encoding
-
-
-def token_counts(out: Any) -> list[int]:
-    """Tokens of every medium or tile that an encoding method returns.
-
-    Its features are (tiles, n, d), or a list of (…, n, d). Empty for concatenated features (n, d),
-    whose ends are unknown, and for features of single patches, (n, 1, d) (Inkling).
-    """
-    fields = (getattr(out, name, None) for name in ("pooler_output", "last_hidden_state"))
-    # Remote code returns only the features.
-    features = next((value for value in fields if value is not None), out)
-    if isinstance(features, list | tuple):
-        tensors = [item for item in features if isinstance(item, Tensor) and item.ndim >= 2]
-    else:
-        tensors = [features] if isinstance(features, Tensor) and features.ndim >= 3 else []
-    counts = [n for item in tensors for n in [item.shape[-2]] * item.shape[:-2].numel()]
-    return counts if max(counts, default=0) > 1 else []
-
-
-def sizes_in(argument: Any) -> list[tuple[int, int, int]]:
-    """Sizes (t, h, w) in an argument of an encoder; empty if it contains something else.
-
-    An integer table with two or three columns contains sizes. With a further axis it contains patch
-    coordinates, padded with -1, whose maximum gives the size.
-    """
-    if isinstance(argument, list | tuple):
-        try:
-            argument = torch.tensor(argument)
-        except (TypeError, ValueError, RuntimeError):  # pictures, strings, rows of several lengths
-            return []
-    if not isinstance(argument, Tensor) or argument.dtype not in INTEGERS:
-        return []
-    if argument.ndim == 3 and argument.shape[-1] == 2:
-        argument = (argument.amax(1) + 1).flip(-1)  # coordinates are (x, y)
-    if argument.ndim != 2 or argument.shape[1] not in (2, 3):
-        return []
-    rows = argument.tolist()
-    return [(row[0] if len(row) == 3 else 1, row[-2], row[-1]) for row in rows]
-
-
-def per_medium(sizes: list[tuple[int, int, int]], lengths: list[int]) -> list[tuple[int, int, int]]:
-    """One size for each medium of `lengths` tokens, or none.
-
-    A size per frame can stand for the video of these frames (Gemma 4).
-    """
-    if len(sizes) == len(lengths) or not sizes or not lengths:
-        return sizes if len(sizes) == len(lengths) else []
-    tokens, rest = divmod(sum(lengths), len(sizes))
-    _, height, width = sizes[0]
-    if rest or not tokens or any(size != (1, height, width) for size in sizes):
-        return []
-    if any(n % tokens for n in lengths):
-        return []
-    return [(n // tokens, height, width) for n in lengths]
 
 
 # -- media cut out of runs of placeholders, and their grids ----------------------------------------

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from tokencomp.adapters.base import MediaCall, TowerCall, block_means, runs_of
+from tokencomp.adapters.base import Encoding, MediaCall, block_means, runs_of
 from tokencomp.adapters.registry import register_adapter
-from tokencomp.adapters.structural import Encoding, StructuralAdapter
-from tokencomp.adapters.towers.base import EncoderCall, Tower
+from tokencomp.adapters.structural import StructuralAdapter
+from tokencomp.adapters.towers.base import Tower, TowerCall
 from tokencomp.adapters.towers.dense import DenseTower, squares
 from tokencomp.errors import SpanError
 from tokencomp.tokens.tokens import CODES, Modality, VisualSpan
@@ -48,11 +48,10 @@ class TileAdapter(StructuralAdapter):
     def tower_layout(self) -> Tower:
         side = self.patches_per_side
         table = squares(side, side // self.tile_side)
-        layer, owner = self.feature_layer, self.body
         parts = self.tower, self.projector, table
-        return DenseTower(*parts, layer=layer, owner=owner, keys=self.tile_keys)
+        return DenseTower(*parts, layer=self.feature_layer, keys=self.tile_keys)
 
-    def tile_keys(self, call: EncoderCall, modalities: Tensor) -> list[tuple[Any, ...]]:
+    def tile_keys(self, call: TowerCall, modalities: Tensor) -> list[tuple[Any, ...]]:
         """`Cells.keys` of the tiles of a call."""
         return []
 
@@ -101,7 +100,7 @@ class InternVLAdapter(TileAdapter):
     family = "InternVL"
     model_types = ("internvl",)
 
-    def tile_keys(self, call: EncoderCall, modalities: Tensor) -> list[tuple[Any, ...]]:
+    def tile_keys(self, call: TowerCall, modalities: Tensor) -> list[tuple[Any, ...]]:
         """Number of tiles of the image, and of the tile: the model is told no other place."""
         runs = itertools.chain.from_iterable(runs_of(modalities))
         counts = [(stop - start) // self.tile_side**2 for start, stop, _ in runs]
@@ -119,7 +118,7 @@ class SmolVLMAdapter(TileAdapter):
     family = "SmolVLM"
     model_types = ("smolvlm", "idefics3")
 
-    def tile_keys(self, call: EncoderCall, modalities: Tensor) -> list[tuple[Any, ...]]:
+    def tile_keys(self, call: TowerCall, modalities: Tensor) -> list[tuple[Any, ...]]:
         """The token before the tile: its row and column, or that it is a whole image."""
         if call.ids is None:
             raise SpanError(

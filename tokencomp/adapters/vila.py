@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tokencomp.adapters.base import Adapter, MediaCall, TowerCall, block_means, runs_of
+from tokencomp.adapters.base import Adapter, MediaCall, block_means, runs_of
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structure import Parts
-from tokencomp.adapters.towers.base import EncoderCall, unknown_cells
+from tokencomp.adapters.towers.base import TowerCall, unknown_cells
 from tokencomp.adapters.towers.dense import DenseTower, pooled, squares
 from tokencomp.errors import SpanError
-from tokencomp.tokens.tokens import VisualSpan
+from tokencomp.tokens.tokens import Modality, VisualSpan
 
 
 @register_adapter
@@ -26,6 +26,7 @@ class VilaAdapter(Adapter):
     family = "VILA"
     model_types = ("llava_llama", "vila")
     signals = (*Adapter.signals, "tower")
+    encoders: ClassVar[dict[str, Modality]] = {"encode_videos": "video"}
 
     def find_parts(self, model: Any) -> Parts:
         return Parts(model, model, model.llm.model)
@@ -53,10 +54,10 @@ class VilaAdapter(Adapter):
         video = pooled(image, h)
         return DenseTower(
             self.model.vision_tower, projector, image, video, layer=self.feature_layer,
-            owner=self.model, methods=("encode_videos",), pooled_frames=t, keys=self._keys,
+            pooled_frames=t, keys=self._keys,
         )  # fmt: skip
 
-    def _keys(self, call: EncoderCall, modalities: Tensor) -> list[tuple[Any, ...]]:
+    def _keys(self, call: TowerCall, modalities: Tensor) -> list[tuple[Any, ...]]:
         """Number of tiles of the only image of a prompt, and number of the tile, if it is cut."""
         if call.modality == "video" or self.model.config.image_aspect_ratio != "dynamic":
             return []

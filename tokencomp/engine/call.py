@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.towers.base import TowerCall
 from tokencomp.engine.cache import CompressedLayer, first_layer, memory_of, physical_length
 from tokencomp.engine.layer_types import LayerType, LayerTypes
 from tokencomp.engine.memory import Entered, Memory
@@ -189,8 +190,7 @@ class Noted:
     apart
         From the body: modalities of the media that no stage of this call sees.
     encoded
-        Calls of the vision tower within the call of the model, in order, as stage and signals of
-        the tower (`tower/`) record them; None outside of a call.
+        Calls of the vision tower within the call of the model, in order; None outside of a call.
     """
 
     columns: int | None = None
@@ -207,7 +207,7 @@ class Noted:
     modalities: Tensor | None = None
     mask: Any = None
     apart: frozenset[Modality] = frozenset()
-    encoded: list[Any] | None = None
+    encoded: list[TowerCall] | None = None
 
 
 @dataclass
@@ -472,6 +472,8 @@ class ThreadState:
         The call whose checkpointed layer is recomputed in a backward pass.
     weighs
         Whether attention is widened for a call of this thread.
+    tower
+        The running call of the vision tower, until its output has full length again.
     disabled
         Depth of nested `Handle.disabled()` blocks.
     """
@@ -480,6 +482,7 @@ class ThreadState:
         self.noted = Noted()
         self.call: Call | None = None
         self.recomputed: Call | None = None
+        self.tower: TowerCall | None = None
         self.weighs, self.disabled = False, 0
 
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from tokencomp.errors import PlanError, UnsupportedModelError
 from tokencomp.plan.plan import TowerStage
+from tokencomp.tokens.signals import Signal
 from tokencomp.tokens.tokens import Grid, Modality
 
 
-@dataclass(frozen=True)
-class EncoderCall:
-    """One call of a vision tower, before its first block.
+@dataclass(eq=False)
+class TowerCall:
+    """One call of a vision tower: all images, or all videos, of a batch.
 
     Attributes
     ----------
@@ -39,15 +40,30 @@ class EncoderCall:
         Its `input_ids`, if there are any.
     cache
         Its KV cache.
+    cells, cost
+        From a stage in the tower: the cells, and the work (`TowerCost`).
+    rows
+        From the stage, once it has chosen: the rows that its block and later ones see
+        (`TowerRows`).
+    values
+        From the blocks, by signal, float32, (pictures, rows, d); in packed towers all media are one
+        picture.
+    packing
+        Tiles per image, and the other arguments of `Adapter.packer`, if it was called.
     """
 
-    pixels: Tensor
-    grids: Tensor | None = None
+    pixels: Any
+    grids: Any = None
     modality: Modality = "image"
     arguments: Mapping[str, Any] = field(default_factory=dict)
     modalities: Tensor | None = None
     ids: Tensor | None = None
     cache: Any = None
+    cells: Any = None
+    cost: Any = None
+    rows: Any = None
+    values: dict[Signal, Tensor] = field(default_factory=dict)
+    packing: tuple[list[int], tuple[Any, ...], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,8 +119,6 @@ class Tower(ABC):
         Modules whose output is restored to full length, with NaN in dropped rows.
     projectors
         Modules that convert patches to tokens, for the count of FLOPs.
-    methods
-        Methods of `owner` whose arguments describe a call of the tower.
     frames_apart
         See `TowerStage.frames_apart`.
     std
@@ -121,15 +135,12 @@ class Tower(ABC):
         unused: list[nn.Module],
         restorers: list[nn.Module],
         projectors: list[nn.Module],
-        owner: Any = None,
-        methods: tuple[str, ...] = (),
     ) -> None:
         self.module, self.blocks, self.unused = module, blocks, unused
         self.restorers, self.projectors = restorers, projectors
-        self.owner, self.methods = owner, methods
 
     @abstractmethod
-    def cells(self, call: EncoderCall, stage: TowerStage) -> Cells:
+    def cells(self, call: TowerCall, stage: TowerStage) -> Cells:
         """The cells of a call.
 
         Raises

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.towers.base import Cells, EncoderCall, Tower
+from tokencomp.adapters.towers.base import Cells, Tower, TowerCall
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.plan.plan import TowerStage
 from tokencomp.tokens.tokens import Grid, Modality
@@ -30,7 +30,7 @@ class DenseTower(Tower):
     projects_tokens
         Whether the projector gets pooled tokens of a video instead of all patches.
     keys
-        `Cells.keys` of the pictures of a call with the `EncoderCall.modalities`; None: all show the
+        `Cells.keys` of the pictures of a call with the `TowerCall.modalities`; None: all show the
         same place.
     """
 
@@ -44,11 +44,9 @@ class DenseTower(Tower):
         video: Tensor | None = None,
         restorer: nn.Module | None = None,
         layer: int | list[int] = -1,
-        owner: Any = None,
-        methods: tuple[str, ...] = ("get_image_features", "get_video_features"),
         pooled_frames: int = 1,
         projects_tokens: bool = False,
-        keys: Callable[[EncoderCall, Tensor], list[tuple[Any, ...]]] | None = None,
+        keys: Callable[[TowerCall, Tensor], list[tuple[Any, ...]]] | None = None,
     ) -> None:
         blocks = dense_blocks(module)
         self.keys, self.std = keys or (lambda *_: []), usual_std(module.config.model_type)
@@ -60,7 +58,7 @@ class DenseTower(Tower):
         ]
         used, restorers = max(self.indices), [restorer or module]
         ends = blocks[:used], blocks[used:]
-        super().__init__(module, *ends, restorers, [projector], owner, methods)
+        super().__init__(module, *ends, restorers, [projector])
         self.tables: dict[Modality, Tensor] = {
             "image": image,
             "video": image if video is None else video,
@@ -103,7 +101,7 @@ class DenseTower(Tower):
             )
         return fitted
 
-    def cells(self, call: EncoderCall, stage: TowerStage) -> Cells:
+    def cells(self, call: TowerCall, stage: TowerStage) -> Cells:
         self._check_call(call)
         table, t = self.tables[call.modality], self.pooled_frames if call.modality == "video" else 1
         pixels, count = self.patches(call.pixels), len(call.pixels)
@@ -127,7 +125,7 @@ class DenseTower(Tower):
         tiles: Tensor = cut.unflatten(-1, (-1, w)).unflatten(-3, (-1, h))
         return tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2).unsqueeze(2)
 
-    def _check_call(self, call: EncoderCall) -> None:
+    def _check_call(self, call: TowerCall) -> None:
         """Refuse calls that choose other hidden states than the config."""
         layer = call.arguments.get("vision_feature_layer")
         if layer is not None and layer != self.layer:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencomp.adapters.towers.base import Cells, EncoderCall
+from tokencomp.adapters.towers.base import Cells, TowerCall
 from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.errors import SpanError
 from tokencomp.plan.plan import TowerStage
@@ -32,7 +32,7 @@ class MosaicTower(DenseTower):
         super().__init__(*args, **kwargs)
         self.body, self.ends = body, ends
 
-    def cells(self, call: EncoderCall, stage: TowerStage) -> Cells:
+    def cells(self, call: TowerCall, stage: TowerStage) -> Cells:
         if call.modality == "video":
             return self._with_ends(super().cells(call, stage), call)
         self._check_call(call)
@@ -73,7 +73,7 @@ class MosaicTower(DenseTower):
             patches=torch.cat(patches),
         )  # fmt: skip
 
-    def _with_ends(self, cells: Cells, call: EncoderCall) -> Cells:
+    def _with_ends(self, cells: Cells, call: TowerCall) -> Cells:
         """Count the line breaks after videos among the tokens of their last frames."""
         if call.modalities is None:
             return cells
@@ -82,7 +82,7 @@ class MosaicTower(DenseTower):
         tokens[frames - 1 :: frames] = [n + self.ends for n in tokens[frames - 1 :: frames]]
         return replace(cells, tokens=tokens)
 
-    def _images(self, call: EncoderCall) -> list[tuple[list[int], int]]:
+    def _images(self, call: TowerCall) -> list[tuple[list[int], int]]:
         """(height, width) and number of tiles of every image of a call."""
         sizes = call.arguments["image_sizes"]
         numbers = call.arguments.get("batch_num_images")

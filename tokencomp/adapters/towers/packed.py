@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tokencomp.adapters.towers.base import Cells, EncoderCall, Tower
+from tokencomp.adapters.towers.base import Cells, Tower, TowerCall
 from tokencomp.plan.plan import TowerStage
 
 CHANNELS = 3  # red, green and blue; a patch has one or more frames of each
@@ -42,7 +42,7 @@ class PackedTower(Tower):
         self.window_order = window_order
         self.embedding = getattr(module, "patch_embed", None)
 
-    def cells(self, call: EncoderCall, stage: TowerStage) -> Cells:
+    def cells(self, call: TowerCall, stage: TowerStage) -> Cells:
         assert call.grids is not None  # the tower itself needs them
         side = round(self.unit**0.5)
         grids = [(t, h // side, w // side) for t, h, w in call.grids.tolist()]

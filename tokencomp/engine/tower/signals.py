@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.base import Adapter, TowerCall
-from tokencomp.adapters.towers.base import attention_blocks
+from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.towers.base import TowerCall, attention_blocks
 from tokencomp.engine.call import CallHooks, RunningCalls
 from tokencomp.engine.capture import gather_heads
-from tokencomp.engine.tower.rows import TowerRows
 from tokencomp.errors import OptionError, SpanError
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.signals import Attention, Signal, TowerSignal
@@ -108,8 +107,8 @@ class TowerProbe(CallHooks):
     ----------
     signals
         Which values are recorded.
-    rows
-        The rows that a stage in the tower has kept; None: the running blocks see all patches.
+    noted
+        Whether a stage in the tower notes its calls.
     """
 
     def __init__(
@@ -117,15 +116,15 @@ class TowerProbe(CallHooks):
         adapter: Adapter,
         calls: RunningCalls,
         signals: frozenset[TowerSignal],
-        rows: Callable[[], TowerRows | None] = lambda: None,
+        noted: bool = False,
     ) -> None:
         super().__init__(adapter, calls)
-        self.signals, self.rows = signals, rows
-        self._heads = 1
+        self.signals, self.noted, self._heads = signals, noted, 1
 
     def install(self) -> None:
         """Hook the tower, and the method of the body that packs tiles, if there is one."""
-        self._before(self.adapter.tower, self._begin)
+        if not self.noted:
+            self._before(self.adapter.tower, self._begin)
         for block, signals in watched_blocks(self.adapter, self.signals):
             self._before(block, functools.partial(self._record, signals))
         if packer := self.adapter.packer:
@@ -134,14 +133,13 @@ class TowerProbe(CallHooks):
     @property
     def _tower_calls(self) -> list[TowerCall]:
         """Calls of the tower within the running call of the model."""
-        encoded = self.calls.state.noted.encoded or ()
-        return [call for call in encoded if isinstance(call, TowerCall)]
+        return self.calls.state.noted.encoded or []
 
     def _begin(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         state = self.calls.state
         if not state.disabled and state.noted.encoded is not None:
             grids = compat.bind(tower, args, kwargs).get("grid_thw")
-            state.noted.encoded.append(TowerCall({}, grids))
+            state.noted.encoded.append(TowerCall(None, grids))
 
     @torch.no_grad()
     def _record(
@@ -151,7 +149,7 @@ class TowerProbe(CallHooks):
         calls = self._tower_calls
         if self.calls.state.disabled or not calls:  # none: a backward pass runs the block again
             return
-        arguments, rows = compat.bind(attn, args, kwargs), self.rows()
+        arguments, rows = compat.bind(attn, args, kwargs), calls[-1].rows
         q, k = queries_and_keys(attn, arguments)
         self._heads = k.shape[-2]
         for signal in signals:

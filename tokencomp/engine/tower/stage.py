@@ -16,11 +16,9 @@ and makes the output NaN if code bypasses the entry of the decoder, where these 
 from __future__ import annotations
 
 import functools
-import inspect
 import math
-import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
@@ -29,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.towers.base import Cells, EncoderCall, Tower, attention_blocks
+from tokencomp.adapters.towers.base import Cells, Tower, TowerCall, attention_blocks
 from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.adapters.towers.packed import PackedTower
 from tokencomp.engine.cache import memory_of
@@ -156,7 +154,7 @@ def part_keys(cells: Cells) -> list[tuple[Any, ...]]:
     return list(cells.keys) or [(h, w) for part in cells.parts for _, h, w in part]
 
 
-def kept_before(call: EncoderCall, cells: Cells) -> list[LastKept]:
+def kept_before(call: TowerCall, cells: Cells) -> list[LastKept]:
     """What every part of the cells of a call is compared with, see `Tokens.seen`.
 
     Media are in the order of the batch; parts of a sample share a dict.
@@ -204,23 +202,6 @@ def entered_pictures(
 # -- dropping patches ----------------------------------------------------------------------------
 
 
-@dataclass
-class _Running:
-    """One call of the tower. Its prompt finds it among the `Noted.encoded` of its model call."""
-
-    cells: Cells
-    cost: TowerCost
-    rows: TowerRows | None = None  # before the stage has chosen
-
-
-class _Local(threading.local):
-    """State of a thread: the running calls of the encoding method and of the tower."""
-
-    def __init__(self) -> None:
-        self.encoding: tuple[Any, dict[str, Any]] = "image", {}
-        self.running: _Running | None = None
-
-
 class TowerDrop(CallHooks):
     """Hooks of the tower stage of a plan."""
 
@@ -233,14 +214,10 @@ class TowerDrop(CallHooks):
         self._projector_restores = (
             isinstance(self.layout, DenseTower) and self.layout.module not in self.layout.restorers
         )
-        self._local = _Local()
 
     def install(self) -> None:
         """Hook the tower, its blocks, and the modules whose output is restored."""
         layout, add = self.layout, self._handles.append
-        for name in layout.methods:
-            note = functools.partial(self._encode, "video" if "video" in name else "image")
-            add(MethodReplacement(layout.owner, name, note))
         self._before(layout.module, self._begin)
         if isinstance(layout, PackedTower) and layout.embedding is not None:
             add(MethodReplacement(layout.embedding, "forward", self._embed))
@@ -264,62 +241,46 @@ class TowerDrop(CallHooks):
         The prompt gets the pictures that later ones are compared with.
         """
         modalities = call.modalities - {"audio"}
-        encoded = [x for x in self.calls.state.noted.encoded or () if isinstance(x, _Running)]
+        encoded = [x for x in self.calls.state.noted.encoded or () if x.rows is not None]
         encoded = encoded[-len(modalities) :]
-        for running in encoded if SEEN in self.stage.reducer.needs else ():
-            cells = running.cells
+        for tower_call in encoded if SEEN in self.stage.reducer.needs else ():
+            cells = tower_call.cells
             if cells.modality in modalities:
                 entered = entered_pictures(cells, self.stage, call.spans)
                 call.entered += entered
                 call.compared |= {(SEEN, cells.modality)} if entered else set()
-        costs = [running.cost for running in encoded]
+        costs = [tower_call.cost for tower_call in encoded]
         return costs if len(costs) == len(modalities) else []
 
     # -- around the tower -----------------------------------------------------------------------
 
-    def _encode(
-        self, modality: str, original: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Call a method of the body that encodes media, and store its arguments."""
-        local = self._local
-        earlier = local.encoding
-        bound = inspect.signature(original).bind_partial(*args, **kwargs).arguments
-        local.encoding = modality, {**bound, **bound.get("kwargs", {})}
-        try:
-            return original(*args, **kwargs)
-        finally:
-            local.encoding = earlier
-
     def _begin(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        local, stage = self._local, self.stage
-        local.running = None
-        if self.calls.state.disabled:
+        state, stage = self.calls.state, self.stage
+        state.tower = None
+        if state.disabled:
             return
         # Which patches every visual token reads in this call.
         arguments = compat.bind(tower, args, kwargs)
         pixels = next(arguments[n] for n in ("pixel_values", "hidden_states") if n in arguments)
-        modality, encoding = local.encoding
-        if isinstance(self.layout, PackedTower) and self.adapter.encodes_now == "video":
-            modality = "video"
         compares = SEEN in stage.reducer.needs
-        prompt = running_prompt(self.adapter, self.calls.state.noted) if compares else ()
-        call = EncoderCall(pixels, arguments.get("grid_thw"), modality, encoding, *prompt)
-        cells = self.layout.cells(call, stage)
-        local.running = running = _Running(cells, replace(self.cost, bounds=[]))
+        prompt = running_prompt(self.adapter, state.noted) if compares else ()
+        call = TowerCall(pixels, arguments.get("grid_thw"), *self.adapter.encoded.running, *prompt)
+        call.cells, call.cost = self.layout.cells(call, stage), replace(self.cost, bounds=[])
         # A stage before the first block chooses by pixels, now; later stages in `_block`.
         if stage.block == 0:
             levels = 1 / (255 * torch.tensor(self.layout.std, device=pixels.device))
-            seen = kept_before(call, cells) if compares else None
-            running.rows = kept_rows(cells, chosen_cells(cells, stage, None, levels, seen))
+            seen = kept_before(call, call.cells) if compares else None
+            call.rows = kept_rows(call.cells, chosen_cells(call.cells, stage, None, levels, seen))
+        state.tower = call
+        if state.noted.encoded is not None:
+            state.noted.encoded.append(call)
 
     def _end(self, tower: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        running, encoded = self._local.running, self.calls.state.noted.encoded
-        if running is not None and running.rows is not None and out is not None:
-            running.cost.tokens = self._projected(running.rows)
-            if encoded is not None:
-                encoded.append(running)
+        call = self.calls.state.tower
+        if call is not None and call.rows is not None and out is not None:
+            call.cost.tokens = self._projected(call.rows)
         if out is None or not self._projector_restores:
-            self._local.running = None
+            self.calls.state.tower = None
 
     def _projected(self, rows: TowerRows) -> tuple[int, int]:
         """Number of rows that enter the projectors, without and with the stage."""
@@ -332,37 +293,32 @@ class TowerDrop(CallHooks):
     @compat.not_compiled
     def _embed(self, original: Callable[..., Any], pixels: Tensor) -> Any:
         """Embed only kept patches, if a stage before the first block has chosen them."""
-        running: Any = self._local.running
-        chosen = running is not None and running.rows is not None
-        return running.rows.embedded(original, pixels) if chosen else original(pixels)
+        call = self.calls.state.tower
+        rows = call.rows if call else None
+        return original(pixels) if rows is None else rows.embedded(original, pixels)
 
     # -- blocks ---------------------------------------------------------------------------------
 
-    def entered_rows(self) -> TowerRows | None:
-        """The rows that the running blocks see; None if they see all patches."""
-        running = self._local.running
-        rows = running.rows if running else None
-        return rows if rows is not None and rows.entered else None
-
     def _block(self, i: int, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Arguments of block `i` for the kept rows."""
-        running = self._local.running
-        if running is None:
+        call = self.calls.state.tower
+        if call is None:
             return None
         kwargs = dict(kwargs)
         hidden, *rest = args or (kwargs.pop("hidden_states"),)
-        if i == self.stage.block and running.rows is None:
-            running.rows = kept_rows(running.cells, chosen_cells(running.cells, self.stage, hidden))
-        if running.rows is None:
+        if i == self.stage.block and call.rows is None:
+            call.rows = kept_rows(call.cells, chosen_cells(call.cells, self.stage, hidden))
+        if call.rows is None:
             bounds = kwargs.get("cu_seqlens")
             bounds = equal_bounds(*hidden.shape[:2]) if bounds is None else bounds
-            running.cost.bounds.append((bounds, bounds))
+            call.cost.bounds.append((bounds, bounds))
             return None
-        return running.rows.arguments(hidden, tuple(rest), kwargs, running.cost)
+        return call.rows.arguments(hidden, tuple(rest), kwargs, call.cost)
 
     def _hide_padding(self, attn: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Hide the padding rows of pictures that keep fewer patches than others."""
-        rows = self.entered_rows()
+        call = self.calls.state.tower
+        rows = call.rows if call else None
         if not isinstance(rows, DenseRows) or rows.lengths is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -381,7 +337,7 @@ class TowerDrop(CallHooks):
         self, original: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         """An unused block returns its input."""
-        if self._local.running is None:
+        if self.calls.state.tower is None:
             return original(hidden_states, *args, **kwargs)
         return hidden_states
 
@@ -389,11 +345,12 @@ class TowerDrop(CallHooks):
 
     def _restore(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         """The output of a restoring module at full length."""
-        rows = self.entered_rows()
+        call = self.calls.state.tower
+        rows = call.rows if call else None
         if rows is None:
             return None
         if self._projector_restores:
-            self._local.running = None
+            self.calls.state.tower = None
         return rows.restored(out)
 
     @compat.not_compiled
@@ -421,6 +378,8 @@ _HAD_STAGE: WeakSet[nn.Module] = WeakSet()
 class TowerHooks:
     """Installs the hooks of tower stage and signals, and passes their records to prompts.
 
+    Both write to one `TowerCall` per call of the tower.
+
     Attributes
     ----------
     had_stage
@@ -442,8 +401,7 @@ class TowerHooks:
             self.drop.install()
         signals = check_signals(plan, self.adapter)
         if signals:
-            rows = (self.drop.entered_rows,) if self.drop else ()
-            self.probe = TowerProbe(self.adapter, self.calls, signals, *rows)
+            self.probe = TowerProbe(self.adapter, self.calls, signals, noted=self.drop is not None)
             self.probe.install()
 
     def remove(self) -> None:

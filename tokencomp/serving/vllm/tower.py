@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencomp.adapters.towers.base import Cells, EncoderCall
+from tokencomp.adapters.towers.base import Cells, TowerCall
 from tokencomp.adapters.towers.packed import PackedTower
 from tokencomp.engine.tower.rows import PackedRows
 from tokencomp.engine.tower.stage import chosen_cells
@@ -72,7 +72,7 @@ class EngineTower:
         grids = grid_thw.tolist() if isinstance(grid_thw, Tensor) else list(grid_thw)
         x = x.to(tower.device)
         pixels = torch.nan_to_num(tower.input_norm(x, tower.dtype))
-        call = EncoderCall(pixels, torch.as_tensor(grids), plan.modality)
+        call = TowerCall(pixels, torch.as_tensor(grids), plan.modality)
         cells = self.layout.cells(call, plan.tower_stage)
         if plan.cells is None:
             kept = kept_cells(cells, plan, self.report)
