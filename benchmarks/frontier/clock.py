@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from benchmarks import publishing
 from benchmarks.frontier.grid import FULL, Point
 from benchmarks.models.tower_parts import UNIT, build, clock_of, qwen_inputs
 from benchmarks.publishing import environment
+from tokencomp.evaluation import timing
 
 PART = 4
 """A quarter of the blocks of tower and decoder, at full width."""
@@ -48,9 +50,8 @@ class FirstToken:
         plan = point.plan(self.model.config.vision_config.depth)
         context = tokencomp.patch(self.model, plan=plan) if patched else torch.no_grad()
         with context, torch.inference_mode():
-            start = self.clock()
-            self.model(**prompt["inputs"], use_cache=True, logits_to_keep=1)
-            return self.clock() - start + float(prompt["preprocess"])
+            prefill = partial(self.model, **prompt["inputs"], use_cache=True, logits_to_keep=1)
+            return timing.seconds(prefill, self.clock) + float(prompt["preprocess"])
 
 
 def measure(modality: str, points: Sequence[Point], args: argparse.Namespace, path: Path) -> None:

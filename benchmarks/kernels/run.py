@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from benchmarks import publishing
 from benchmarks.kernels.case import OPS, Case
 from benchmarks.kernels.cases import CASES
 from benchmarks.kernels.roofline import GPUS, bound, find, floor_seconds
+from tokencomp.evaluation import timing
 
 PROVIDERS = ("naive", "eager", "compile", "triton", "flash-colreduce")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -62,12 +62,7 @@ def measure(call: Callable[[], Any], gpu: bool, repeats: int) -> dict[str, float
         times = triton.testing.do_bench(call, warmup=100, rep=400, quantiles=[0.5, 0.2, 0.8])
         median, low, high = (t / 1e3 for t in times)
         return {"median_s": median, "p20_s": low, "p80_s": high, "peak_bytes": peak}
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    times.sort()
+    times = sorted(timing.seconds(call) for _ in range(repeats))
     return {
         "median_s": statistics.median(times),
         "p20_s": times[len(times) // 5],

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.utils.benchmark import Timer
 
 import tokencomp
 from benchmarks import publishing
@@ -29,6 +30,7 @@ from benchmarks.experiment import Experiment
 from benchmarks.kernels.calls import RATIO, counted, prefill, prompt, tiny_model
 from tokencomp.engine.stats import LayerShape
 from tokencomp.engine.weights import bias_dims, extra_dims, widen
+from tokencomp.evaluation import timing
 
 REDUCERS = ("kcenter", "fastv")
 ARMS = {"drop": False, "merge": True}
@@ -76,11 +78,8 @@ def steps() -> dict[str, list[float]]:
             )
             with patched, torch.no_grad():
                 call = step(model, inputs)
-                before = time.process_time()
-                for _ in range(TOKENS):
-                    call()
-                spent = time.process_time() - before
-            found.setdefault(kind, []).append(1e3 * spent / TOKENS)
+                spent = timing.seconds(call, time.process_time, TOKENS)
+            found.setdefault(kind, []).append(1e3 * spent)
     return found
 
 
@@ -119,23 +118,17 @@ def carriers() -> dict[str, Callable[[], Tensor]]:
     return {"no weights": dropped, "head dimensions": widened, "mask": masked}
 
 
-def seconds(call: Callable[[], Any]) -> float:
+def least(call: Callable[[], Any]) -> float:
     """Processor time of one call, the least of RUNS."""
-    call()
-    best = float("inf")
-    for _ in range(RUNS):
-        before = time.process_time()
-        for _ in range(4):
-            call()
-        best = min(best, (time.process_time() - before) / 4)
-    return best
+    timer = Timer("call()", globals={"call": call}, timer=time.process_time)
+    return float(min(timer.timeit(4).mean for _ in range(RUNS)))
 
 
 def timed() -> dict[str, float]:
     """Milliseconds of processor time, by carrier; their results are compared first."""
     found = carriers()
     torch.testing.assert_close(found["mask"](), found["head dimensions"](), atol=1e-5, rtol=1e-4)
-    return {name: 1e3 * seconds(call) for name, call in found.items()}
+    return {name: 1e3 * least(call) for name, call in found.items()}
 
 
 TITLE = "# What does merging with weights cost?"

@@ -36,6 +36,7 @@ from benchmarks.experiment import Experiment
 from benchmarks.models.prefill import Piece, setup
 from tokencomp.engine import later
 from tokencomp.engine.weights import Carrier, carrier
+from tokencomp.evaluation import timing
 
 SHAPES = {"qwen2-vl-2b": 4, "qwen2-vl-7b": 2}  # with this number of decoder layers
 TOKENS = (1024, 4096, 16384)
@@ -127,29 +128,19 @@ def step(model: nn.Module, arm: Arm) -> Callable[[], Any]:
     return lambda: body(input_ids=token, past_key_values=arm.cache, use_cache=True)
 
 
-def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Time of one call; on a GPU until it has ended there."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    started = time.perf_counter()
-    call()
-    wait()
-    return time.perf_counter() - started
-
-
 def timed(model: nn.Module, every: list[Arm], dtype: torch.dtype) -> list[list[float]]:
     """Milliseconds of a step, by arm and round. Arms take turns, so that what slows the machine
     for a while slows all of them.
     """
-    device, times = next(model.parameters()).device, [[] for _ in every]
+    times: list[list[float]] = [[] for _ in every]
     for repeat in range(-1, ROUNDS):
         for arm, own in zip(every, times, strict=True):
             with arm.carried(dtype):
                 call = step(model, arm)
                 call()
-                spent = seconds(lambda: [call() for _ in range(STEPS)], device)  # noqa: B023
+                spent = timing.seconds(call, repeats=STEPS)
             if repeat >= 0:
-                own.append(1e3 * spent / STEPS)
+                own.append(1e3 * spent)
     return times
 
 

@@ -24,8 +24,7 @@ import argparse
 import itertools
 import resource
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +36,7 @@ import tokencomp
 from benchmarks import publishing
 from benchmarks.experiment import Experiment
 from benchmarks.models import shapes
+from tokencomp.evaluation import timing
 from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.plan.options import Merging
 
@@ -147,15 +147,8 @@ def text_only(tokens: int, device: torch.device) -> dict[str, Any]:
 
 def prefill(model: nn.Module, inputs: dict[str, Any]) -> float:
     """Seconds of one prefill, launches and host reads included."""
-    on_gpu = inputs["input_ids"].is_cuda
-    if on_gpu:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
     with torch.inference_mode():
-        model(**inputs, use_cache=True, logits_to_keep=1)
-    if on_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+        return timing.seconds(lambda: model(**inputs, use_cache=True, logits_to_keep=1))
 
 
 def peak_of(model: nn.Module, inputs: dict[str, Any]) -> int:
@@ -358,16 +351,9 @@ def fastest_dtype() -> torch.dtype:
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(2048, 1536).to(dtype), torch.randn(1536, 8960).to(dtype)
-        runs = [timed(lambda a=a, b=b: a @ b) for _ in range(6)]
+        runs = [timing.seconds(lambda a=a, b=b: a @ b) for _ in range(6)]
         seconds[dtype] = min(runs[1:])
     return min(seconds, key=lambda dtype: seconds[dtype])
-
-
-def timed(function: Callable[[], Any]) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def key(r: dict[str, Any]) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ import tokencomp
 from benchmarks import publishing
 from benchmarks.experiment import Experiment
 from benchmarks.models.prefill import Piece, setup
+from tokencomp.evaluation import timing
 
 SHAPE, LAYERS = "qwen2-vl-2b", 4
 TOKENS = {"image": (256, 1024, 4096)}
@@ -45,10 +47,8 @@ def timed(model: nn.Module, inputs: dict[str, Any]) -> tuple[float, float]:
     prefill = time.process_time() - started
     token = torch.tensor([[7]])
     body(input_ids=token, past_key_values=cache, use_cache=True)
-    started = time.process_time()
-    for _ in range(STEPS):
-        body(input_ids=token, past_key_values=cache, use_cache=True)
-    return 1e3 * prefill, 1e3 * (time.process_time() - started) / STEPS
+    step = partial(body, input_ids=token, past_key_values=cache, use_cache=True)
+    return 1e3 * prefill, 1e3 * timing.seconds(step, time.process_time, STEPS)
 
 
 @torch.inference_mode()

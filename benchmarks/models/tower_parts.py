@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch.utils.benchmark import timer
 
 from benchmarks.models import shapes
 from benchmarks.models.shapes import SHAPES
@@ -45,14 +46,7 @@ class Timed(KCenter):
 
 def clock_of(device: str, threads: int = 1) -> Callable[[], float]:
     """Processor time of this process on one CPU thread; elapsed time on several, and on a GPU."""
-    if device == "cpu":
-        return time.process_time if threads == 1 else time.perf_counter
-
-    def elapsed() -> float:
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return elapsed
+    return time.process_time if device == "cpu" and threads == 1 else timer
 
 
 def build(name: str, args: argparse.Namespace, layers: int | None = None) -> Any:

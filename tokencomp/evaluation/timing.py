@@ -132,6 +132,25 @@ class _Watch(Hooked):
         super().remove()
 
 
+def seconds(
+    call: Callable[[], Any], timer: Callable[[], float] | None = None, repeats: int = 1
+) -> float:
+    """Mean seconds of a call that is repeated, until the device has ended the last one.
+
+    The default `timer` is `torch.utils.benchmark.timer`; `time.process_time` gives processor time.
+    `torch.utils.benchmark.Timer` makes two calls more before every measurement, too many for long
+    prefills that take turns.
+    """
+    if timer is None:
+        from torch.utils import benchmark
+
+        timer = benchmark.timer
+    start = timer()
+    for _ in range(repeats):
+        call()
+    return (timer() - start) / repeats
+
+
 @torch.inference_mode()
 def prefill_split(model: Any, inputs: dict[str, Any], clock: Any = None) -> Split:
     """Time one prefill (last logits only) on the model's device; `clock` may count other things."""
