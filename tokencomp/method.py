@@ -273,6 +273,13 @@ class Method(StageOptions):
             return {"budget": self.budget}
         return {"ratio": self.ratios or self.ratio}
 
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The arguments of a method that names a reducer, for JSON; "auto" is resolved."""
+        tower = {name: getattr(self, name) for name in TOWER} if self.tower_ratio else {}
+        usual = {"reducer": self.built_reducer.name, "options": self.options, **self.requested}
+        return {**usual, **self.options_in_force, **tower}
+
     @cached_property
     def built_budget(self) -> Budget | None:
         """The checked budget; None: there is a ratio."""

@@ -17,9 +17,8 @@ from support.serving import doors, http
 from support.serving.doors import CHAT, REACHED, ask, part, user
 from support.serving.files import canvas, data, frames, image, picture, png
 
-from tokencomp.serving.hf import prompt
+from tokencomp.serving import media
 from tokencomp.serving.limits import Limits
-from tokencomp.serving.vllm import request_checks
 
 KEY = ("authorization", "Bearer sécret")
 PREFLIGHT = [("origin", "http://a.example"), ("access-control-request-method", "POST")]
@@ -298,8 +297,7 @@ def test_a_text_does_not_wait_for_the_media_of_others(
         assert slow.wait(20)
         return 1
 
-    monkeypatch.setattr(request_checks, "check_image", decode)
-    monkeypatch.setattr(prompt, "_load", decode)
+    monkeypatch.setattr(media, "check_image", decode)
     app = server()
 
     async def run() -> None:

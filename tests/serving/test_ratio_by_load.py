@@ -198,5 +198,5 @@ def test_a_request_keeps_the_ratio_that_it_names(
     body = user(*parts, **({"tokencomp": asked} if asked else {}))
     assert ask(app, body).status == REACHED
     got = seen.pop() or {"ratio": 0.5}  # vLLM has the default of the server
-    assert got == asked if wanted is None else got["ratio"] == wanted
+    assert asked.items() <= got.items() if wanted is None else got["ratio"] == wanted
     assert len(joined) == counts

@@ -18,9 +18,12 @@ from support.serving import http
 from support.serving.doors import CHAT, REACHED, Vllm, ask, part, through, user, vllm
 from support.serving.files import data, image
 
+from tokencomp.method import Method
 from tokencomp.serving.limits import Limits, RequestError
 from tokencomp.serving.saved import Saved
+from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import request_checks, roles
+from tokencomp.serving.vllm.handed import MOST, hand_on, handed
 from tokencomp.serving.vllm.middleware import UNREADABLE, VllmGuard
 
 KEY = ("authorization", "Bearer secret")
@@ -34,9 +37,13 @@ def sent(body: Any, *arguments: Any, **more: Any) -> Any:
     return json.loads(app.seen[0])
 
 
-def test_what_passes_is_not_changed() -> None:
-    app, body = Vllm(), b'{"a":  [1.50, "gr\xc3\xb6\xc3\x9fer"]}'
-    assert ask(vllm(app=app), body).status == REACHED and app.seen == [body]
+def test_fields_of_vllm_pass_unchanged() -> None:
+    """Also numbers that JSON has no words for, and those of any size."""
+    for text in (
+        '{"a":  [1.50, "größer"], "n": null}',
+        f'{{"a": [NaN, Infinity, 1e400, {10**40}]}}',
+    ):
+        assert str(sent(text)) == str(json.loads(text))
 
 
 @pytest.mark.parametrize(
@@ -163,9 +170,34 @@ def test_the_operator_may_open_what_is_closed() -> None:
 
 def test_the_setting_may_have_a_field_of_its_own() -> None:
     """As on `--engine hf`; vLLM alone would ignore it and compress as by default."""
-    setting = {"ratio": 0.75}
-    moved = sent(user("a", tokencomp=setting, mm_processor_kwargs={"a": 1}))
-    assert moved == user("a", mm_processor_kwargs={"a": 1, "tokencomp": setting})
+    moved = sent(user("a", tokencomp={"ratio": 0.75}, mm_processor_kwargs={"a": 1}))
+    setting = moved["mm_processor_kwargs"].pop("tokencomp")
+    assert setting["ratio"] == 0.75 and moved == user("a", mm_processor_kwargs={"a": 1})
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"ratio": 0.75}, {"budget": 8, "reducer": "uniform"}, {"merge": False}, {"ratio": 0},
+    {"reducer": "random", "options": {"seed": 3}}, {"ratio": {"image": 0.25, "video": 0.75}},
+    {"ratio": 0.75, "tower_ratio": 0.5, "tower_reducer": "random"}, {"reducer": "delta"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", SETTINGS)
+def test_the_processor_finds_the_method_of_a_request(asked: Any) -> None:
+    """And what it reads says all of it: a server with another default would do the same."""
+    given = sent(user("a", tokencomp=asked))["mm_processor_kwargs"]["tokencomp"]
+    method = handed(json.dumps(given, sort_keys=True))
+    assert method == ServerOptions.parse({"ratio": 0.5}).resolve(asked)
+    other = ServerOptions.parse({"ratio": 0.25, "reducer": "divprune"})
+    assert method is not None and other.resolve(given).describe() == method.describe()
+
+
+def test_methods_of_requests_are_not_remembered_without_end() -> None:
+    for i in range(MOST + 10):
+        hand_on(Method("uniform", i / (2 * MOST + 20)))
+    known = [handed(json.dumps(Method("uniform", i / (2 * MOST + 20)).plain, sort_keys=True))
+             for i in range(MOST + 10)]  # fmt: skip
+    assert sum(method is not None for method in known) == MOST and known[-1] is not None
 
 
 def test_seeds_are_refused_on_a_cpu_unless_nothing_is_sampled(
@@ -189,8 +221,8 @@ def test_low_detail_becomes_a_ratio_of_the_request() -> None:
     low, clip = part(image(1), detail="low"), part(http.video_url(1, 2, 28, 28))
     for parts, ratio in (([low, low], 0.9), ([low, clip], {"image": 0.9, "video": 0.5})):
         body = user(*parts, seed=None, temperature=0.5)
-        asked = {"mm_processor_kwargs": {"tokencomp": {"ratio": ratio}}}
-        assert sent(body, options={"low_detail_ratio": 0.9}) == {**body, **asked}
+        got = sent(body, options={"low_detail_ratio": 0.9})
+        assert got.pop("mm_processor_kwargs")["tokencomp"]["ratio"] == ratio and got == body
 
 
 def test_video_files_share_the_pixels_that_images_leave() -> None:

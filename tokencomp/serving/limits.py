@@ -70,7 +70,7 @@ def check_structure(content: bytes | bytearray) -> None:
         raise RequestError(f"the body has more than {MAX_STRUCTURE} JSON values.", 413)
 
 
-def check_form(name: str, text: str) -> None:
+def check_form(name: str, text: bytes) -> None:
     """Refuse a field that becomes a grammar, of which a large one stops the answers of others."""
     if len(text) > MAX_FORM:
         raise RequestError(f"{name}: more than {MAX_FORM} characters. Send a smaller one.")

@@ -9,9 +9,10 @@ import base64
 import binascii
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -19,6 +20,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tokencomp.errors import MediaError
 from tokencomp.inputs.images import on_white
 from tokencomp.serving.limits import Deadline, Limits, RequestError
+
+if TYPE_CHECKING:
+    from tokencomp.serving.request import Part
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 FRAME_LIST = "video/jpeg"  # media type of a list of frames, as in vLLM
@@ -31,6 +35,47 @@ START_OF_FILE, END, SCAN = 0xD8, 0xD9, 0xDA
 # Blocks of a GIF, and sizes of its header and of the descriptor of an image.
 EXTENSION, IMAGE, TRAILER = 0x21, 0x2C, 0x3B
 HEADER, DESCRIPTOR = 13, 9
+
+
+# -- all media of a request ------------------------------------------------------------------------
+
+
+def check_media(
+    media: Sequence[Part], limits: Limits, deadline: Deadline, remote: bool = False
+) -> tuple[int, int]:
+    """Check media without decoding pixels; all of a request share one limit of pixels.
+
+    Returns the pixels that images and lists of frames leave, and the number of video files, which
+    share them. With `remote`, media of other hosts, which are not read here, may be there too.
+    """
+    left, files = limits.max_total_pixels, 0
+    for part in media:
+        pixels = None
+        if not (remote and part.medium.url[:4].lower() == "http"):
+            allowed = replace(limits, max_total_pixels=left)
+            pixels = _pixels(part.kind, part.medium.url, allowed, deadline)
+        files += part.kind == "video" and pixels is None
+        left -= pixels or 0
+    return left, files
+
+
+def _pixels(kind: str, url: str, limits: Limits, deadline: Deadline) -> int | None:
+    """Check an image or a list of frames; return its pixels, or None of a video file."""
+    media_type, content = read_url(url, limits)
+    if kind == "image":
+        return check_image(content, limits, deadline)
+    if media_type != FRAME_LIST:
+        return None
+    frames = frame_list(content, limits)
+    return sum(check_image(frame, limits, deadline, len(frames)) for frame in frames)
+
+
+def frame_list(content: bytes, limits: Limits) -> list[bytes]:
+    """Pictures of a list of frames in base64."""
+    parts = content.split(b",")
+    if len(parts) > limits.frames:
+        raise RequestError(f"{len(parts)} frames; the limit is {limits.frames}.", 413)
+    return [decode_base64(part) for part in parts]
 
 
 # -- URLs ------------------------------------------------------------------------------------------
@@ -62,7 +107,7 @@ def _read_data(url: str, limits: Limits) -> tuple[str, bytes]:
     return media_type, decode_base64(body)
 
 
-def decode_base64(text: str) -> bytes:
+def decode_base64(text: str | bytes) -> bytes:
     """Decode base64 text."""
     try:
         return base64.b64decode(text, validate=True)

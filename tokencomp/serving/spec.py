@@ -12,7 +12,7 @@ from tokencomp.errors import OptionError, RatioError, hint
 from tokencomp.method import DEFAULT_SERVED_REDUCER, TOWER, Method
 from tokencomp.plan.counts import MAX_RATIO, Budget, check_ratio
 from tokencomp.plan.options import OPTIONS
-from tokencomp.serving import engines
+from tokencomp.serving import KEY, engines
 from tokencomp.serving.load import Step, parse_steps
 
 AMOUNTS = ("ratio", "budget")
@@ -119,19 +119,42 @@ class ServerOptions:
             ratio = {"image": ratio, "video": self.default.ratios.get("video", self.default.ratio)}
         return self.default.override({"ratio": ratio})
 
-    def resolve(self, request: Any, engine: str = "vllm", ratio: float | None = None) -> Method:
-        """The method of a request with these tokencomp options (None: the server's default).
+    def of_request(
+        self,
+        given: Sequence[Any],
+        details: Sequence[tuple[str, Any]],
+        engine: str,
+        ratio: float | None,
+    ) -> tuple[Method, bool]:
+        """The method of a request, and whether the load of the server may choose its ratio.
 
-        A `ratio` by load replaces the default's where the request names none. Raises as `parse`.
+        `given` are its tokencomp options, in one field or two; `details` those of `low_detail`; a
+        `ratio` by load replaces that of the default. Raises as `parse`.
         """
+        asked: list[Any] = [as_mapping(options, None) for options in given]
+        if not asked and (low := self.low_detail(details)) is not None:
+            return low, False
+        named = any(values.get(name) is not None for values in asked for name in AMOUNTS)
+        by_load = bool(details) and not named
+        if by_load and ratio is not None:
+            if not asked:
+                return self._resolved({"ratio": ratio}, engine), True
+            asked = [{**values, "ratio": ratio} for values in asked]
+        method, *others = [self.resolve(values, engine) for values in asked or [None]]
+        if any(other != method for other in others):
+            raise OptionError(f'two settings: "{KEY}" and "mm_processor_kwargs" differ. Send one.')
+        return method, by_load
+
+    def resolve(self, request: Any, engine: str = "vllm") -> Method:
+        """The method of these tokencomp options (None: the server's default); raises as `parse`."""
         if request is None:
-            return self.default if ratio is None else self._resolved({"ratio": ratio}, engine)
+            return self.default
         if not self.per_request:
             raise OptionError(
                 "this server was started with per_request=false: leave 'tokencomp' out of the "
                 "request, or ask its operator."
             )
-        values = with_ratio(as_mapping(request, REQUEST_KEYS), ratio)
+        values = as_mapping(request, REQUEST_KEYS)
         options = as_mapping(values.get("options"), None)
         closed = [k for k in options if str(k).rpartition(".")[2] in OPERATOR_OPTIONS]
         if closed:
@@ -159,19 +182,6 @@ class ServerOptions:
                 f"ratio={largest}: this server allows ratios from 0 to {self.max_ratio}."
             )
         return engines.engine(engine, self.merging).fit(method)
-
-
-def names_amount(options: Any) -> bool:
-    """Whether the options of a request, or JSON of them, name a ratio or budget."""
-    values = as_mapping(options, None)
-    return any(values.get(name) is not None for name in AMOUNTS)
-
-
-def with_ratio(values: dict[str, Any], ratio: float | None) -> dict[str, Any]:
-    """Add a ratio by load to the options of a request, unless they name a ratio or budget."""
-    if ratio is None or names_amount(values):
-        return values
-    return {**values, "ratio": ratio}
 
 
 def as_mapping(value: Any, allowed: tuple[str, ...] | None) -> dict[str, Any]:

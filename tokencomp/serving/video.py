@@ -37,8 +37,8 @@ from tokencomp.serving.media import (
     FRAME_LIST,
     check_size,
     count_frames,
-    decode_base64,
     decode_image,
+    frame_list,
     read_url,
 )
 
@@ -138,7 +138,7 @@ def load_video(
     deadline = deadline or Deadline(limits.decode_seconds)
     media_type, content = read_url(url, limits)
     if media_type == FRAME_LIST:
-        return _frame_list(content.decode("ascii").split(","), limits, deadline)
+        return _frame_list(frame_list(content, limits), limits, deadline)
     return load_file(content, limits, deadline, decode)
 
 
@@ -172,13 +172,11 @@ class _Frames:
         return self._array[: self.filled]
 
 
-def _frame_list(parts: list[str], limits: Limits, deadline: Deadline) -> Clip:
-    """Decode frames that were sent one by one in base64."""
-    if len(parts) > limits.frames:
-        raise RequestError(f"{len(parts)} frames; the limit is {limits.frames}.", 413)
+def _frame_list(parts: list[bytes], limits: Limits, deadline: Deadline) -> Clip:
+    """Decode frames that were sent one by one."""
     frames = _Frames(len(parts))
     for part in parts:
-        frames.add(np.asarray(decode_image(decode_base64(part), limits, deadline, len(parts))))
+        frames.add(np.asarray(decode_image(part, limits, deadline, len(parts))))
     return frames.array(), Sampling(tuple(range(len(parts))), len(parts), FRAME_LIST_RATE)
 
 

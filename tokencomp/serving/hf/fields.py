@@ -1,24 +1,15 @@
-"""The supported fields of OpenAI's chat-completions request; others are refused by name."""
+"""The fields of a chat completion on transformers: those of answers, and tools."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    Json,
-    ValidationError,
-    field_validator,
-    model_validator,
-)  # fmt: skip
+from pydantic import Field, Json, field_validator, model_validator
 
-from tokencomp.serving import KEY, ignored
-from tokencomp.serving.limits import RequestError, check_structure
-from tokencomp.serving.spec import REQUEST_KEYS
+from tokencomp.serving import KEY
+from tokencomp.serving.request import Chat, Strict
+from tokencomp.serving.request import Message as AnyMessage
 
 MAX_ANSWERS = 16  # to one request; each is computed from the whole prompt
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # every generated token is compared with all of them
@@ -39,58 +30,16 @@ OFF: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "use_beam_search": (False,),
 }
-EMPTY: tuple[Any, ...] = (None, [], {})
-# pydantic's names for the alternative types of a field
-FORMS = ("str", "list[Part]", "list[str]", "literal['none','auto','required']", "Tool")
-
-
-class Strict(BaseModel):
-    """An object that keeps unknown fields, so that they can be refused by name."""
-
-    model_config = ConfigDict(extra="allow")
-
-    off: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    """Values of unknown fields that ask for what the server does anyway."""
-    ignored: ClassVar[tuple[str, ...]] = ()
-    """Unknown fields that change no answer."""
-
-    def unserved(self, where: str = "") -> list[str]:
-        """Paths below `where` of unknown fields whose values change the answer."""
-        wrong = [
-            where + name
-            for name, value in (self.model_extra or {}).items()
-            if name not in self.ignored and value not in (*EMPTY, *self.off.get(name, ()))
-        ]
-        for name in type(self).model_fields:
-            value = getattr(self, name)
-            items = enumerate(value) if isinstance(value, list) else [("", value)]
-            for i, item in items:
-                if isinstance(item, Strict):
-                    wrong += item.unserved(f"{where}{name}.{i}." if i != "" else f"{where}{name}.")
-        return wrong
+# Fields of clients and gateways that change no answer. vLLM ignores them too, but reads the first
+# of those in the last line.
+IGNORED = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention",
+    "reasoning_effort", "verbosity",
+)  # fmt: skip
 
 
 # -- messages --------------------------------------------------------------------------------------
-
-
-class Url(Strict):
-    """OpenAI's object around a media URL."""
-
-    ignored = ignored.URL
-
-    url: str
-    detail: Literal["auto", "high", "low"] | None = None
-
-
-class Part(Strict):
-    """One part of a message: text, an image or a video."""
-
-    ignored = ignored.PART
-
-    type: Literal["text", "image_url", "video_url"]
-    text: str | None = None
-    image_url: Url | None = None
-    video_url: Url | None = None
 
 
 class CalledFunction(Strict):
@@ -108,18 +57,14 @@ class ToolCall(Strict):
     function: CalledFunction
 
 
-class Message(Strict):
-    """One message of a conversation."""
+class Message(AnyMessage):
+    """A message with the calls of tools that it answers or asks for."""
 
     # Clients send messages back that they received, with all of their empty fields.
     off = dict.fromkeys(("reasoning", "reasoning_content", "refusal"), ("",))
-    ignored = ignored.MESSAGE
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
-    tool_call_id: str | None = None
-    name: str | None = None
 
     @model_validator(mode="after")
     def _of_role(self) -> Message:
@@ -128,13 +73,6 @@ class Message(Strict):
         if self.tool_call_id and self.role != "tool":
             raise ValueError(f'"tool_call_id" belongs to the role "tool", not {self.role!r}')
         return self
-
-    @property
-    def parts(self) -> list[Part]:
-        """The parts of the content; a string is one part of text."""
-        if self.content is None or isinstance(self.content, str):
-            return [Part(type="text", text=self.content or "")]
-        return self.content
 
     @property
     def template_role(self) -> str:
@@ -148,7 +86,7 @@ class Message(Strict):
 class StreamOptions(Strict):
     """Options of a streamed answer."""
 
-    off = {
+    off: ClassVar[dict[str, tuple[bool, ...]]] = {
         "continuous_usage_stats": (False,),
         "include_obfuscation": (False, True),  # padding of events, against observers of their sizes
     }
@@ -212,13 +150,13 @@ class ResponseFormat(Strict):
 # -- the request -----------------------------------------------------------------------------------
 
 
-class ChatRequest(Strict):
+class ChatRequest(Chat[Message]):
     """A chat-completions request; the generation config has omitted sampling parameters."""
 
-    off, ignored = OFF, (*ignored.REQUEST, *ignored.HINTS)
+    off, ignored = OFF, IGNORED
 
     model: str = ""
-    messages: list[Message] = Field(min_length=1, fail_fast=True)
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -240,9 +178,6 @@ class ChatRequest(Strict):
     ignore_eos: bool | None = False
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    tokencomp: dict[str, Any] | None = None
-    mm_processor_kwargs: dict[str, Any] | None = None
-    media_io_kwargs: dict[str, Any] | None = None
 
     @field_validator("stop")
     @classmethod
@@ -275,10 +210,10 @@ class ChatRequest(Strict):
             raise ValueError('"tools" with "response_format": a call has a form of its own')
         return self
 
-    @property
-    def media(self) -> list[Part]:
-        """The images and videos in the order of the prompt."""
-        return [part for message in self.messages for part in message.parts if part.type != "text"]
+    def unserved(self, where: str = "") -> list[str]:
+        """Also the processor options of others."""
+        others = [name for name in self.mm_processor_kwargs or {} if name != KEY]
+        return super().unserved(where) + [f"mm_processor_kwargs.{name}" for name in others]
 
     @property
     def must_call(self) -> bool:
@@ -305,29 +240,3 @@ class ChatRequest(Strict):
         if self.must_call:
             return json.dumps({"anyOf": [tool.function.call_schema() for tool in self.offered]})
         return self.response_format.schema_text() if self.response_format else ""
-
-
-def read_request(content: bytes | bytearray) -> ChatRequest:
-    """Return the checked request of a JSON body."""
-    check_structure(content)
-    try:
-        request = ChatRequest.model_validate_json(content)
-    except ValidationError as error:
-        raise RequestError(_message(error)) from None
-    wrong = request.unserved()
-    wrong += [f"mm_processor_kwargs.{n}" for n in request.mm_processor_kwargs or {} if n != KEY]
-    if wrong:
-        own = [name for name in wrong if name.rpartition(".")[2] in REQUEST_KEYS]
-        fix = f'Write it as "{KEY}": {{"ratio": ...}}.' if own else "Leave it out."
-        raise RequestError(f"not served: {', '.join(own or wrong)}. {fix}")
-    return request
-
-
-def _message(error: ValidationError) -> str:
-    """Messages about one wrong field: of alternative types the deepest location."""
-    messages: dict[tuple[Any, ...], dict[str, None]] = {}  # by field, in order and each once
-    for e in error.errors(include_url=False, include_input=False):
-        field = tuple(part for part in e["loc"] if part not in FORMS)
-        messages.setdefault(field, {})[e["msg"]] = None
-    deepest = max(messages, key=len)
-    return f"{'.'.join(map(str, deepest)) or 'body'}: {' / '.join(messages[deepest])}"

@@ -11,16 +11,15 @@ from typing import Any
 
 from PIL import Image
 
-from tokencomp.errors import OptionError, PlanError, RatioError
 from tokencomp.inputs.prompts import Chat, takes_videos
 from tokencomp.method import Method
-from tokencomp.serving import KEY
-from tokencomp.serving.hf.fields import ChatRequest, Message, Part, read_request
+from tokencomp.serving.hf.fields import ChatRequest, Message
 from tokencomp.serving.hf.grammar import Grammar, Grammars
 from tokencomp.serving.hf.text import CallForm
-from tokencomp.serving.limits import Deadline, Limits, RequestError, check_form
-from tokencomp.serving.media import load_image
-from tokencomp.serving.spec import ServerOptions, names_amount
+from tokencomp.serving.limits import Deadline, Limits, RequestError
+from tokencomp.serving.media import check_media, load_image
+from tokencomp.serving.request import read_request
+from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.video import decode_apart, load_video, with_request
 
 MAX_CHARACTERS = 4 << 20
@@ -192,10 +191,10 @@ def parse(
     `ratio` is that of requests with media that name none, if the server is under load. Raises
     `RequestError`.
     """
-    request = read_request(content)
-    spec, by_load = _spec(request, options, ratio)
+    request = read_request(ChatRequest, content, limits)
+    spec, by_load = request.method(options, "hf", ratio)
     prompt = ChatPrompt(request, [], spec, by_load=by_load)
-    _check_amount(request, text, limits)
+    _check_amount(request, text)
     prompt.chat = [_message(message) for message in request.messages]
     prompt.calls = _call_form(request, text)
     tools = [tool.model_dump(exclude_none=True) for tool in request.offered]
@@ -205,41 +204,35 @@ def parse(
     prompt.grammars = [None] * request.n
     if schema := request.answer_schema:
         name = "tool_choice" if request.must_call else "response_format"
-        check_form(name, schema)
         prompt.grammars = [*grammars.of(schema, request.n, name)]
-    prompt.alone = not all(text.markers[p.type.removesuffix("_url")] for p in request.media)
+    prompt.alone = not all(text.markers[p.kind] for p in request.media)
     prompt.limits = with_request(request.media_io_kwargs, limits)
     return prompt
 
 
 def load(prompt: ChatPrompt, text: PromptText, deadline: Deadline) -> None:
-    """Decode the media of a prompt, and count the tokens of its images."""
+    """Check and decode the media of a prompt, and count the tokens of its images."""
     deadline.start()
+    check_media(prompt.request.media, prompt.limits, deadline)
     for part in prompt.request.media:
-        _load(part, prompt, deadline)
+        deadline.check()
+        left = prompt.limits.max_total_pixels - prompt.pixels  # of which video files may take all
+        limits, url = replace(prompt.limits, max_total_pixels=left), part.medium.url
+        if part.kind == "image":
+            prompt.images.append(load_image(url, limits, deadline))
+        else:
+            frames, sampling = load_video(url, limits, deadline, decode_apart)
+            prompt.videos.append(frames)
+            prompt.samplings.append(sampling)
     counted = text.check_images(prompt.text_tokens, prompt.images)
     pixels = sum(video[..., 0].size for video in prompt.videos)
     pixels += sum(i.width * i.height for i in prompt.images) if counted is None else 0
     prompt.visual_tokens = (counted or 0) + pixels // TOKEN_PIXELS
 
 
-def _load(part: Part, prompt: ChatPrompt, deadline: Deadline) -> None:
-    """Decode an image or a video into the prompt, within the remaining limits."""
-    deadline.check()
-    left = prompt.limits.max_total_pixels - prompt.pixels
-    remaining = replace(prompt.limits, max_total_pixels=left)
-    if part.image_url is not None and part.type == "image_url":
-        prompt.images.append(load_image(part.image_url.url, remaining, deadline))
-    elif part.video_url is not None:
-        frames, sampling = load_video(part.video_url.url, remaining, deadline, decode_apart)
-        prompt.videos.append(frames)
-        prompt.samplings.append(sampling)
-
-
-def _check_amount(request: ChatRequest, text: PromptText, limits: Limits) -> None:
-    """Refuse a request by the amount of its text and media, before either is processed."""
+def _check_amount(request: ChatRequest, text: PromptText) -> None:
+    """Refuse a request by the amount of its text, before it is tokenised."""
     texts = [tool.model_dump_json() for tool in request.tools or []]
-    check_form("tools", "".join(texts))
     for tokens in (request.max_tokens, request.max_completion_tokens):
         if tokens is not None and tokens > text.max_model_len:
             raise RequestError(
@@ -247,31 +240,10 @@ def _check_amount(request: ChatRequest, text: PromptText, limits: Limits) -> Non
                 "included. Lower max_tokens."
             )
     for message in request.messages:
-        texts += [part.text or "" for part in message.parts]
+        texts += [part.words or "" for part in message.parts]
         texts += [call.model_dump_json() for call in message.tool_calls or []]
     names = sum(len(message.name or "") for message in request.messages)
     text.check_size(sum(map(len, texts)) + names, len(texts))
-    if len(request.media) > limits.max_items:
-        raise RequestError(f"more than {limits.max_items} images and videos.", 413)
-
-
-def _spec(request: ChatRequest, options: ServerOptions, ratio: float | None) -> tuple[Method, bool]:
-    """Return reducer and ratio of the request, and whether the load may choose its ratio."""
-    fields = (request.tokencomp, (request.mm_processor_kwargs or {}).get(KEY))
-    given = [field for field in fields if field is not None]
-    media = [(part.type, getattr(part, part.type)) for part in request.media]
-    details = [(kind, url.detail) for kind, url in media if url is not None]
-    try:
-        if not given and (low := options.low_detail(details)) is not None:
-            return low, False
-        by_load = bool(media) and not any(map(names_amount, given))
-        found = ratio if media else None
-        spec, *others = [options.resolve(field, "hf", found) for field in given or [None]]
-        if any(other != spec for other in others):
-            raise OptionError(f'two settings: "{KEY}" and "mm_processor_kwargs" differ. Send one.')
-        return spec, by_load
-    except (OptionError, PlanError, RatioError) as error:
-        raise RequestError(str(error)) from None
 
 
 def _message(message: Message) -> dict[str, Any]:
@@ -291,14 +263,10 @@ def _content(message: Message) -> list[dict[str, Any]]:
     """Return the parts of a message in the form that chat templates expect."""
     if message.content is None and message.role != "assistant":
         raise RequestError(f"a message of role {message.role!r} needs a content.")
-    content = []
-    for part in message.parts:
-        value = getattr(part, part.type)
-        if value is None:
-            raise RequestError(f"a part of type {part.type!r} needs a field {part.type!r}.")
-        kind = part.type.removesuffix("_url")
-        content.append({"type": kind, "text": value} if kind == "text" else {"type": kind})
-    return content
+    return [
+        {"type": p.kind} if p.words is None else {"type": p.kind, "text": p.words}
+        for p in message.parts
+    ]
 
 
 def _call_form(request: ChatRequest, text: PromptText) -> CallForm | None:

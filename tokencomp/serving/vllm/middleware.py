@@ -2,9 +2,10 @@
 
 vLLM itself asks for its key only below some paths, and reads bodies of any size for any time. So
 only the documented paths pass, all of them but those of probes need the key, and bodies have the
-limits of the transformers server. `request_checks` decides which bodies vLLM may see. To media that
-vLLM cannot process although they passed, the answer is 400, where vLLM would answer 500. The usage
-of an answer and the log say what compression saved.
+limits of the transformers server. `request_checks` decides which bodies vLLM may see, and resolves
+the method of a request, which `handed` gives to the processor. To media that vLLM cannot process
+although they passed, the answer is 400, where vLLM would answer 500. The usage of an answer and the
+log say what compression saved.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from tokencomp.serving.room import MediaRoom
 from tokencomp.serving.saved import Saved, process_metrics
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import process, roles
-from tokencomp.serving.vllm.request_checks import check_media, read_request
+from tokencomp.serving.vllm.handed import hand_on
+from tokencomp.serving.vllm.request_checks import check_body
 from tokencomp.serving.vllm.rules import Rules
 
 logger = logging.getLogger("vllm.tokencomp")
@@ -181,24 +183,22 @@ class VllmGuard(Guard):
         Only a chat completion must have one, and only there media may be elsewhere.
         """
         async with self.bodies.read(Request(exchange.scope, exchange.receive)) as content:
+            if not (chat or content):
+                return _receiving(b"", exchange)
             ratio = self.load.ratio(exchange.client)
-            request = await to_thread.run_sync(
-                read_request, bytes(content), self.rules, self.options, ratio, chat,
+            checked = await to_thread.run_sync(
+                check_body, content, self.rules, self.options, ratio, chat,
                 roles.is_router(exchange.scope, self.routers), limiter=self.reading,
             )  # fmt: skip
-            exchange.by_load = request.by_load
-            if request.media:  # a text does not wait for the media of others
+            exchange.by_load = checked.by_load
+            if checked.method is not None:
+                hand_on(checked.method)
+            if checked.request.media:  # a text does not wait for the media of others
                 await self.room.enter(exchange)
                 exchange.ends.callback(self.room.leave, exchange)
                 self.room.check()
-                await to_thread.run_sync(check_media, request, self.rules)
-        sent: Message = {"type": "http.request", "body": request.body, "more_body": False}
-        waiting = [sent]
-
-        async def receive() -> Message:
-            return waiting.pop() if waiting else await exchange.receive()
-
-        return receive
+            body = await to_thread.run_sync(checked.body, self.rules)
+        return _receiving(body, exchange)
 
     async def _about(self, scope: Scope, path: str, receive: Receive) -> Response:
         """The first page, or the card of one model, which OpenAI's clients ask for."""
@@ -220,6 +220,16 @@ class VllmGuard(Guard):
         if name not in cards:
             raise RequestError(f"model {name!r}: this server has {', '.join(cards)}.", 404)
         return JSONResponse(cards[name])
+
+
+def _receiving(body: bytes, exchange: Exchange) -> Receive:
+    """A function with which an application receives a checked body."""
+    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        return waiting.pop() if waiting else await exchange.receive()
+
+    return receive
 
 
 async def _outputs(outputs: Any, begun: Callable[[], None], mark: str) -> AsyncGenerator[Any]:

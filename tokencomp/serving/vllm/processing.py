@@ -30,6 +30,7 @@ from tokencomp.serving.saved import process_metrics
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import PIXELS
 from tokencomp.serving.vllm.entry import configured_options
+from tokencomp.serving.vllm.handed import handed
 from tokencomp.serving.vllm.metrics import item_sizes, saved_by
 from tokencomp.serving.vllm.repeats import Compared, KeptPixels, chained, compares, item_cells
 from tokencomp.serving.vllm.roles import ALL, ENCODE
@@ -120,7 +121,7 @@ class CompressingProcessor:
             text = ""
         known, spec = self._latest
         if not text or text != known:  # several steps of a request ask, and often many requests
-            spec = self._options.resolve(options)
+            spec = handed(text) or self._options.resolve(options)
             self._check_tower(spec)
             self._latest = text, spec
         return spec
