@@ -139,27 +139,27 @@ def test_a_killed_run_ends_with_the_same_network(
 ) -> None:
     """Seconds of both sessions count."""
     train, held = pairs(*range(4, 24)), pairs(9, 12)
-    config, real = SelectorConfig(epochs=5, batch_spans=4), selector_fit._train_epoch
+    config, real = SelectorConfig(epochs=5, batch_spans=4), selector_fit.Fit.loss
 
     def run(name: str) -> tuple[dict[str, Tensor], float]:
         net, seconds = fit(train, held, config, tmp_path / f"{name}.pt", (4, 4))
         return net.state_dict(), seconds
 
-    def dies(net: Any, optimizer: Any, spans: Any, config: Any, epoch: int) -> None:
-        if epoch == 3:
+    def dies(run: selector_fit.Fit, batch: Any) -> Tensor:
+        if (run.phase, run.step) == (3, 2):
             raise KeyboardInterrupt
-        real(net, optimizer, spans, config, epoch)
+        return real(run, batch)
 
     whole, _ = run("whole")
-    monkeypatch.setattr(selector_fit, "_train_epoch", dies)
+    monkeypatch.setattr(selector_fit.Fit, "loss", dies)
     with pytest.raises(KeyboardInterrupt):
         run("killed")
-    monkeypatch.setattr(selector_fit, "_train_epoch", real)
+    monkeypatch.setattr(selector_fit.Fit, "loss", real)
     state = torch.load(tmp_path / "killed.pt")
     torch.save({**state, "seconds": state["seconds"] + 1000}, tmp_path / "killed.pt")
     again, seconds = run("killed")
     assert all(torch.equal(v, again[k]) for k, v in whole.items())
-    assert state["epoch"] == 3 and seconds > 1000
+    assert state["phase"] == 3 and seconds > 1000
 
 
 def test_explained_batches_do_not_depend_on_their_company(

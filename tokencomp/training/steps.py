@@ -71,12 +71,14 @@ class Steps(ABC):
         Of the parameters. Their groups may have a `scale` of the learning rate.
     checkpoint
         Written every `save_every` steps, every `SAVE_SECONDS` and after each phase; an existing one
-        of the same `identity` is resumed.
+        of the same `identity` is resumed. None: none is written.
     seed
         Of dropout, which depends on the step as well.
 
     Attributes
     ----------
+    clip
+        Largest norm of all gradients together.
     phase, step
         Number of the current phase, and steps done in it.
     history, seconds
@@ -90,12 +92,14 @@ class Steps(ABC):
         `checkpoint` cannot be written, cannot be read, or belongs to another run.
     """
 
+    clip = 1.0
+
     def __init__(
         self,
         phases: Sequence[Phase],
         parameters: Mapping[str, nn.Parameter],
         optimizers: Sequence[torch.optim.Optimizer],
-        checkpoint: Path,
+        checkpoint: Path | None,
         identity: Mapping[str, Any],
         seed: int,
         save_every: int,
@@ -147,9 +151,13 @@ class Steps(ABC):
                     log.info("%s %d %.0f s %s", phase.name, self.step, self.seconds, shown)
                 if done == stop_after:
                     return False
+            self.end_phase()
             self.phase, self.step = self.phase + 1, 0
             self.save()
         return True
+
+    def end_phase(self) -> None:  # noqa: B027
+        """Called after the last step of a phase, before its checkpoint."""
 
     def _train(self, phase: Phase, batch: Any) -> float:
         """One seeded optimizer step; returns its loss."""
@@ -158,7 +166,7 @@ class Steps(ABC):
         for parameter in self.parameters.values():
             parameter.grad = None
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.clip)
         value = float(loss.detach())
         check_finite(f"step {self.step + 1}", value, float(norm))
         for optimizer in self.optimizers:
@@ -169,7 +177,12 @@ class Steps(ABC):
 
     def save(self) -> None:
         """Write the checkpoint atomically."""
-        state = {
+        if self.checkpoint is not None:
+            replace_file(self.checkpoint, partial(torch.save, self._state()))
+
+    def _state(self) -> dict[str, Any]:
+        """Contents of a checkpoint, which `_resume` reads."""
+        return {
             "identity": self.identity,
             "phase": self.phase,
             "step": self.step,
@@ -179,7 +192,6 @@ class Steps(ABC):
             "weights": {n: p.detach() for n, p in self.parameters.items()},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        replace_file(self.checkpoint, partial(torch.save, state))
 
     def _resume(self, state: dict[str, Any]) -> None:
         with torch.no_grad():

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 
 from tokencomp.errors import OptionError
 from tokencomp.reducers.base import finite_values
 from tokencomp.reducers.selector import CHANNELS, SelectorNet
-from tokencomp.storage import replace_file
-from tokencomp.training.checks import check_finite, load_checkpoint
+from tokencomp.training.checks import check_finite
 from tokencomp.training.selector.labels import Pair, SelectorConfig
+from tokencomp.training.steps import Phase, Steps
 
 SETTINGS = ("epochs", "learning_rate", "batch_spans", "zeroed", "seed")
 """Of `SelectorConfig`: what the network depends on in addition to the labels."""
@@ -52,31 +50,73 @@ def fit(
     spans, held = targets(train, config.zeroed), targets(held_out, config.zeroed)
     row = spans[0][0]
     net = SelectorNet(channels, row.shape[1] if row.ndim == 2 else 0).to(device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=0.01)
     identity = {**(labels or {}), "channels": list(channels)}
     identity |= {name: getattr(config, name) for name in SETTINGS}
-    state = load_checkpoint(checkpoint, identity)
-    if state is None:
-        state = {"identity": identity, "epoch": 0, "best": math.inf, "weights": net.state_dict()}
-    else:
-        net.load_state_dict(state["now"])
-        optimizer.load_state_dict(state["optimizer"])
-    begin = time.monotonic() - state.get("seconds", 0.0)
-    bar = tqdm(range(state["epoch"], config.epochs), desc="training selector", mininterval=2)
-    for epoch in bar:
-        _train_epoch(net, optimizer, spans, config, epoch)
-        value = _loss(net, held, config)
-        bar.set_postfix(held_out=f"{value:.3f}")
-        check_finite(f"epoch {epoch + 1}", value)
-        if value < state["best"]:
-            state["best"] = value
-            state["weights"] = {k: v.clone() for k, v in net.state_dict().items()}
-        state |= {"epoch": epoch + 1, "now": net.state_dict(), "optimizer": optimizer.state_dict()}
-        state["seconds"] = time.monotonic() - begin
-        if checkpoint is not None:
-            replace_file(checkpoint, partial(torch.save, state))
-    net.load_state_dict(state["weights"])
-    return net.eval(), time.monotonic() - begin
+    run = Fit(net, spans, held, config, checkpoint, identity)
+    run.run()
+    net.load_state_dict(run.chosen)
+    return net.eval(), run.seconds
+
+
+@dataclass(frozen=True)
+class Epoch(Phase):
+    """One of `epochs` passes over the spans; the learning rate falls linearly over all."""
+
+    number: int
+    epochs: int
+
+    def rate(self, step: int) -> float:
+        return 1 - (self.number + step / self.steps) / self.epochs
+
+
+class Fit(Steps):
+    """Trains `net` on `spans`; `chosen`: its weights after the epoch with least loss on `held`."""
+
+    clip = math.inf
+
+    def __init__(
+        self,
+        net: SelectorNet,
+        spans: list[Pair],
+        held: list[Pair],
+        config: SelectorConfig,
+        checkpoint: Path | None,
+        identity: dict[str, Any],
+    ) -> None:
+        self.net, self.spans, self.held, self.config = net, spans, held, config
+        self.best, self.chosen = math.inf, net.state_dict()
+        steps, count = -(-len(spans) // config.batch_spans), config.epochs
+        epochs = [Epoch(f"epoch {i + 1}", steps, number=i, epochs=count) for i in range(count)]
+        adamw = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=0.01)
+        named = dict(net.named_parameters())
+        super().__init__(epochs, named, [adamw], checkpoint, identity, config.seed, steps)
+
+    def batches(self) -> list[list[Pair]]:
+        self.net.train()
+        return list(_batches(self.spans, self.config, self.phase))[self.step :]
+
+    def loss(self, batch: list[Pair]) -> Tensor:
+        rows, target, real = _padded(batch, self.net)
+        return divergence(self.net(rows, real), target)
+
+    def peak(self, group: dict[str, Any]) -> float:
+        return self.config.learning_rate
+
+    def end_phase(self) -> None:
+        value = _loss(self.net, self.held, self.config)
+        check_finite(f"epoch {self.phase + 1}", value)
+        if value < self.best:
+            self.best = value
+            self.chosen = {k: v.clone() for k, v in self.net.state_dict().items()}
+
+    def _state(self) -> dict[str, Any]:
+        chosen = {"best": self.best, "chosen": self.chosen, "net": self.net.state_dict()}
+        return {**super()._state(), **chosen}  # the net with statistics of its batch norm
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        super()._resume(state)
+        self.net.load_state_dict(state["net"])
+        self.best, self.chosen = state["best"], state["chosen"]
 
 
 def targets(pairs: Sequence[Pair], zeroed: float) -> list[Pair]:
@@ -104,26 +144,6 @@ def targets(pairs: Sequence[Pair], zeroed: float) -> list[Pair]:
 def divergence(logits: Tensor, target: Tensor) -> Tensor:
     """KL divergence from the network's softmax to distributions (B, n), mean over spans."""
     return F.kl_div(logits.log_softmax(1), target, reduction="batchmean")
-
-
-def _train_epoch(
-    net: SelectorNet,
-    optimizer: torch.optim.Optimizer,
-    spans: list[Pair],
-    config: SelectorConfig,
-    epoch: int,
-) -> None:
-    """One pass over the spans; the learning rate falls linearly over all epochs."""
-    net.train()
-    batches = list(_batches(spans, config, epoch))
-    for number, chosen in enumerate(batches):
-        done = (epoch + number / len(batches)) / config.epochs
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * (1 - done)
-        optimizer.zero_grad()
-        rows, target, real = _padded(chosen, net)
-        divergence(net(rows, real), target).backward()
-        optimizer.step()
 
 
 @torch.no_grad()
