@@ -79,7 +79,7 @@ CONFIRMATIONS = {
     ),
     "family": Confirmation(
         "second-family.json",
-        30,
+        100,
         ("describe", "count"),
         (
             (DEFAULT, {}), ("condiv", {}), ("condiv", _MERGED), ("kcenter", _MERGED),
