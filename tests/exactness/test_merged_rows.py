@@ -88,7 +88,6 @@ class Talk:
         """How far logits of columns that stay are from the oracle; from the run that drops."""
         tokencomp.unpatch(self.model)
         left, found = self.masks[-1][0], torch.cat(self.found, 1)
-        self.model.set_attn_implementation("eager")
         runs = [
             oracle.masked_logits(self.model, self.family, self.whole, self.masks, merged=merged)
             for merged in (self.merged, None)
@@ -185,7 +184,6 @@ def test_a_ragged_batch(name: str, call: str, way: str) -> None:
     except UnsupportedCacheError:
         assert "static" in call and way in ("flash", "flex")
         pytest.skip("the backend takes no static cache in this release")
-    model.set_attn_implementation("eager")
     merged = oracle.Merged(handle)
     assert oracle.deviation(model, family, inputs, out, masks, merged) < 1e-5
 
@@ -202,7 +200,6 @@ def test_gradients_flow_through_a_cache(way: str) -> None:
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     exact = copy.deepcopy(model).double()
     exact.zero_grad()
-    exact.set_attn_implementation("eager")
     whole = {k: v.double() if v.is_floating_point() else v for k, v in talk.whole.items()}
     talk.merged.sizes = torch.ones(whole["input_ids"].shape, dtype=torch.float64)
     with oracle.masked(exact, family, talk.masks, talk.merged):
@@ -245,7 +242,6 @@ def test_reducers_that_merge_by_themselves_have_no_weights(reducer: str, way: st
         out = oracle.generate(model, inputs, 6)
         hook.remove()
         masks = oracle.kept_columns(handle, inputs, family.layers)
-    model.set_attn_implementation("eager")
     rows = Entering(entered[0], masks[0])
     assert oracle.deviation(model, family, inputs, out, masks, rows) < 2e-5
     assert oracle.deviation(model, family, inputs, out, masks) > 1e-3

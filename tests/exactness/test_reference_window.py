@@ -53,25 +53,9 @@ def expected_logits(
     prompt, total = inputs["input_ids"].shape[1], inputs["input_ids"].shape[1] + new.shape[1]
     query, key = torch.arange(total)[:, None], torch.arange(total)
     rule = (key <= query) & ((key < prompt) | (key > query - WINDOW))
-    hooks = []
-    for layer, mask in zip(FAMILY.decoder(model).layers, left, strict=True):
-        shown = torch.cat([mask, torch.ones_like(new).bool()], 1)
-
-        def hook(module: Any, args: Any, kwargs: Any, shown: torch.Tensor = shown) -> Any:
-            seen = (rule & shown[:, None, None]) | torch.eye(total, dtype=torch.bool)
-            return args, {**kwargs, "attention_mask": seen}
-
-        hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-    ids = torch.cat([inputs["input_ids"], new], 1)
-    mask = torch.cat([inputs["attention_mask"], torch.ones_like(new)], 1)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    call = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    with torch.no_grad():
-        pixels = {k: v for k, v in inputs.items() if k.startswith("pixel")}
-        logits = model(**call, **pixels, use_cache=False).logits
-    for one in hooks:
-        one.remove()
-    return logits
+    masks = [rule & torch.cat([mask, torch.ones_like(new).bool()], 1)[:, None] for mask in left]
+    full = oracle.continued(inputs, FAMILY.positions(model, inputs), new)
+    return oracle.run_masked(model, FAMILY, full, masks)
 
 
 def generate(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Any:

@@ -196,12 +196,24 @@ def masked_logits(
     new = inputs["input_ids"][:, :0] if new is None else new
     full = continued(inputs, family.positions(model, inputs), new)
     masks = [torch.cat([mask, torch.ones_like(new).bool()], 1) for mask in masks]
+    return run_masked(model, family, full, masks, merged)
+
+
+@torch.no_grad()
+def run_masked(
+    model: nn.Module,
+    family: Family,
+    inputs: dict[str, Tensor],
+    masks: list[Tensor],
+    merged: Merged | None = None,
+) -> Tensor:
+    """Logits of the masked run over `inputs`, in float64 with `merged`."""
     if merged is not None:
         model = copy.deepcopy(model).double()
-        full = {k: v.double() if v.is_floating_point() else v for k, v in full.items()}
-        merged.sizes = torch.ones(full["input_ids"].shape, dtype=torch.float64)
-    with torch.no_grad(), masked(model, family, masks, merged):
-        return model(**full, use_cache=False).logits
+        inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+        merged.sizes = torch.ones(inputs["input_ids"].shape, dtype=torch.float64)
+    with masked(model, family, masks, merged):
+        return model(**inputs, use_cache=False).logits
 
 
 def generate(model: nn.Module, inputs: dict[str, Tensor], steps: int = 8, **kwargs: Any) -> Any:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from support import oracle
 from support.families import Family
 from tokencomp.session.evict import held_columns
 
@@ -59,27 +59,6 @@ def logits(
 
     `merged` (`oracle.Merged`) merges hidden columns into others first, in float64.
     """
-    n, hooks = inputs["input_ids"].shape[1], []
-    if merged is not None:
-        model = copy.deepcopy(model).double()
-        inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-        merged.sizes = torch.ones(1, n, dtype=torch.float64)
-    for i, layer in enumerate(family.decoder(model).layers):
-
-        def hook(module: nn.Module, args: Any, kwargs: Any, i: int = i) -> Any:
-            seen = log.mask(i, n)[None, None]
-            if merged is not None:
-                x = args[0] if args else kwargs.pop("hidden_states")
-                x, added = merged(i, x)
-                seen = torch.where(seen, added[:, None, None], torch.finfo(torch.float32).min)
-                args = (x, *args[1:])
-            return args, {**kwargs, "attention_mask": seen}
-
-        hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
-        with torch.no_grad():
-            positions = family.positions(model, inputs)
-            return model(**inputs, position_ids=positions, use_cache=False).logits[:, -1]
-    finally:
-        for h in hooks:
-            h.remove()
+    masks = [log.mask(i, inputs["input_ids"].shape[1])[None] for i in range(family.layers)]
+    inputs = {**inputs, "position_ids": family.positions(model, inputs)}
+    return oracle.run_masked(model, family, inputs, masks, merged)[:, -1]

@@ -56,7 +56,8 @@ def _leave(columns: Tensor, spans: Sequence[VisualSpan], kept: list[list[int]]) 
 def hidden(layers: Iterable[nn.Module], left: list[Tensor]) -> Iterator[None]:
     """Hide dropped tokens from every decoder layer inside the block; attention must be eager.
 
-    `left` (B, L): by layer, the columns that are real and not dropped before it.
+    `left` (B, L): by layer, the columns that are real and not dropped before it; for layers that
+    all attend also (B, L, L), by query and key.
     """
     undo: list[Any] = []
     try:
@@ -83,7 +84,7 @@ def is_linear_mixer(module: nn.Module) -> bool:
 
 
 def _hiding(left: Tensor, required: bool) -> Any:
-    """A hook of a decoder layer: the mask hides the columns that are not `left` (B, L).
+    """A hook of a decoder layer: the mask hides the columns that are not `left`.
 
     If a mask is `required`, a call without a 4-D one raises `OracleError`.
     """
@@ -94,7 +95,7 @@ def _hiding(left: Tensor, required: bool) -> Any:
             del kwargs[name]  # hidden states stay positional: transformers records args[0]
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 4:
-            gone = ~left[:, None, None, -mask.shape[-1] :]
+            gone = ~(left if left.ndim == 3 else left[:, None])[:, None, :, -mask.shape[-1] :]
             if mask.dtype == torch.bool:
                 mask = mask.masked_fill(gone, False)
             else:  # eager softmax is float32 even if the mask is float64
