@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,9 @@ def test_hashes_differ_by_release_and_layout_of_rows(
 
 # -- three servers --------------------------------------------------------------------------------
 
+SMALL = ("--max-model-len", "640", "--num-gpu-blocks-override", "24")  # a KV cache of 768 tokens
+LONG = 300
+
 
 @contextlib.contextmanager
 def roles(folder: Path, root: Path) -> Iterator[tuple[Served, Served, Served]]:
@@ -162,8 +166,11 @@ def roles(folder: Path, root: Path) -> Iterator[tuple[Served, Served, Served]]:
     flags = {
         "encode": ["--ec-transfer-config", ec % "producer"],
         "prefill": ["--ec-transfer-config", ec % "consumer", "--kv-transfer-config", kv],
-        "decode": ["--kv-transfer-config", kv.replace("kv_both", "kv_consumer")],
-    }
+        "decode": [
+            "--ec-transfer-config", ec % "consumer",
+            "--kv-transfer-config", kv.replace("kv_both", "kv_consumer"), *SMALL,
+        ],
+    }  # fmt: skip
     with contextlib.ExitStack() as stack:
         servers = []
         for name, transfer in flags.items():
@@ -220,6 +227,21 @@ def test_grids_answer_as_pixels_do(tiny_folder: Any, tmp_path: Path) -> None:
             assert same(alone, got), number
         assert encoded(prefill)
         check_refusals(encoder, prefill, decode)
+        check_a_full_cache(encoder, prefill, decode)
+
+
+def check_a_full_cache(encoder: Served, prefill: Served, decode: Served) -> None:
+    """A decode that computes a prompt again has the rows of the encoder."""
+    asked = [{**question(n), "name": f"long {n}", "max_tokens": LONG} for n in (1, 2, 5)]
+    bodies = []
+    for body in asked:
+        grid = plain(encode(encoder, body))
+        bodies.append({**grid, "kv_transfer_params": prefilled(prefill, grid)})
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        answers = list(pool.map(lambda body: post(decode, body), bodies))
+    assert http.metric(decode.url, "vllm:num_preemptions_total") and not encoded(decode)
+    for body, (status, got) in zip(asked, answers, strict=True):
+        assert status == 200 and same(post(prefill, plain(body))[1], got, LONG)
 
 
 def check_refusals(encoder: Served, prefill: Served, decode: Served) -> None:

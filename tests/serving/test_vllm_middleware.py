@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import logging
@@ -357,6 +358,27 @@ def test_transfer_parameters_are_for_routers() -> None:
         assert ask(vllm(rules=HERE), user("a", **{name: "text"})).status == 400
 
 
+def test_grids_and_names_of_media_are_for_routers() -> None:
+    """vLLM reads pickled tensors from texts, and names are entries of caches that all share."""
+    grid = {"type": "image_embeds", "image_embeds": {"image_grid_thw": [1, 4, 6]}, "uuid": "a"}
+    clip = {"type": "video_embeds", "video_embeds": {"video_grid_thw": [1, 4, 6]}, "uuid": "b"}
+    named = {**part(image(1)), "uuid": "c"}
+    body = user(grid, clip, named)
+    assert sent(body, rules=HERE) == body
+    for alone in (grid, clip, named, {k: v for k, v in grid.items() if k != "uuid"}):
+        assert ask(vllm(), user(alone)).status == 400
+    wrong = [
+        {**grid, "image_embeds": value}
+        for value in ("AAAA", {"image_grid_thw": "AAAA"}, {"image_embeds": {}}, [1, 4, 6], None)
+    ]
+    wrong += [{**grid, **more} for more in (
+        {"image_url": {"url": "file:///a"}}, {"video_embeds": {"x": "AAAA"}}, {"type": "text"},
+    )]  # fmt: skip
+    wrong.append({"type": "text", "text": "a", "uuid": "a"})
+    for alone in wrong:
+        assert ask(vllm(rules=HERE), user(alone)).status == 400, alone
+
+
 def test_a_decode_takes_the_blocks_of_its_own_prompt_only() -> None:
     """Connectors move blocks by number, whatever the tokens in them."""
     prompt = {"prompt_token_ids": [1, 2, 2, 3], "mm_hashes": {"image": ["a", "b"]}}
@@ -377,6 +399,27 @@ def test_a_decode_takes_the_blocks_of_its_own_prompt_only() -> None:
         roles.check_transfer(prompt, {"do_remote_prefill": True, "remote_num_tokens": 4})
     with pytest.raises(RequestError, match="earlier turn"):
         roles.check_transfer(prompt, {"do_remote_decode": True, "remote_block_ids": [[1]]})
+
+
+def test_a_grid_needs_rows_that_an_encoder_has_reported() -> None:
+    """Without pixels nothing can be encoded, and the engine would end."""
+    grid = {"image_grid_thw": 0, "tokencomp_image": 0}
+    pixels = {"pixel_values": 0, **grid}
+    consumer = SimpleNamespace(ec_transfer_config=SimpleNamespace(is_ec_consumer=True))
+    other = SimpleNamespace(ec_transfer_config=None)
+    blocks = {"kv_transfer_params": {"do_remote_prefill": True}}
+    rows = {"ec_transfer_params": {"b": {}}}
+    for items, config, extra, taken in (
+        ([pixels, grid], consumer, rows, True), ([grid, pixels], consumer, rows, False),
+        ([None, grid], consumer, rows, True), ([None, pixels], other, None, True),
+        ([pixels, {"image_embeds": 0}], other, {}, True), ([grid, grid], consumer, rows, False),
+        ([pixels, grid], consumer, None, False), ([pixels, grid], other, rows, False),
+        ([grid, grid], other, blocks, False), ([grid, grid], consumer, blocks, False),
+    ):  # fmt: skip
+        prompt = {"mm_hashes": {"image": ["a", "b"]}, "mm_kwargs": {"image": items}}
+        sampling = SimpleNamespace(extra_args=extra)
+        with contextlib.nullcontext() if taken else pytest.raises(RequestError, match="pixels"):
+            roles.check_grids(prompt, sampling, config)
 
 
 def test_the_prefill_marks_what_it_hands_over() -> None:

@@ -13,7 +13,7 @@ the front end of the decode refuses another mark.
 A router may replace the pixels of an item by the grid that the encoder has reported in its
 `ec_transfer_params`, by media hash. A prefill or decode with other options has another hash, under
 which there are no rows, and it has no pixels to encode. It therefore refuses a hash that is not
-among those of the encoder.
+among those of the encoder, and so does an engine that gets no rows of encoders.
 """
 
 from __future__ import annotations
@@ -176,11 +176,8 @@ def check_transfer(prompt: Mapping[str, Any], params: Any) -> None:
 def check_grids(prompt: Mapping[str, Any], sampling: Any, config: Any) -> None:
     """Refuse an item without pixels whose rows are nowhere; raises `RequestError` (400).
 
-    A decode that has passed `check_transfer` has the blocks of the prompt, and needs no rows.
+    A decode also needs them: if its KV cache is full, it computes a prompt again.
     """
-    asked = transfer_params(sampling, KV_PARAMS)
-    if isinstance(asked, dict) and asked.get("do_remote_prefill"):
-        return
     encoder = getattr(config, "ec_transfer_config", None)
     consumes = encoder is not None and encoder.is_ec_consumer
     stored = (transfer_params(sampling, EC_PARAMS) or {}) if consumes else {}
@@ -189,9 +186,10 @@ def check_grids(prompt: Mapping[str, Any], sampling: Any, config: Any) -> None:
             if item is not None and not _has_pixels(item) and key not in stored:
                 raise RequestError(
                     f"a grid of modality {modality} without pixels, whose media hash {key[:16]} "
-                    f"is not in {EC_PARAMS}. Give encoder, prefill and decode the same model "
-                    "name, --ratio, --reducer, --merge and release of tokencomp, or name the "
-                    f"options in the request, and send the whole {EC_PARAMS} of the encoder."
+                    f"is not in {EC_PARAMS} of an encoder. Give all roles the same model name, "
+                    "--ratio, --reducer, --merge and release of tokencomp, or name the options in "
+                    f"the request; send the whole {EC_PARAMS} of the encoder, and start prefill "
+                    "and decode as its consumers (--ec-transfer-config)."
                 )
 
 
