@@ -42,6 +42,13 @@ def section(name: str, first: Answers, here: Answers) -> str:
     )
 
 
+def short(name: str, here: Answers) -> str:
+    """What the default keeps, in a sentence."""
+    group, labels = Group.of(here, KIND), methods_of(here, KIND)[DEFAULT]
+    kept = ", ".join(f"{100 * group.retention(labels[ratio]).value:.1f}" for ratio in RATIOS)
+    return f"- **{_NAMES[name]}**: the default keeps {kept} % on images."
+
+
 def _ranked(group: Group, labels: Labels) -> list[str]:
     """Methods, the best at `MIDDLE` first."""
     return sorted(labels, key=lambda method: -group.retention(labels[method][MIDDLE]).value)
@@ -74,30 +81,38 @@ def _order(before: Group, known: Labels, group: Group, labels: Labels) -> list[s
 
     The default against the next method is shown as well, and has no part in the verdict.
     """
-    lines, same, opposed = [], 0, 0
+    lines, signs = [], []
     ranked = first_methods(before, known, labels)
     pairs = [*combinations(ranked[:FIRST], 2)]
     for pair in [*pairs, *((DEFAULT, method) for method in ranked[FIRST : FIRST + 1])]:
         for ratio in RATIOS:
             found = [_gap(before, known, pair, ratio), _gap(group, labels, pair, ratio)]
-            signs = [(one.low > 0) - (one.high < 0) for one in found]
             if pair in pairs:
-                same += signs[0] * signs[1] > 0
-                opposed += signs[0] * signs[1] < 0
+                signs.append([(one.low > 0) - (one.high < 0) for one in found])
             cells = [
                 f"{100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]" for d in found
             ]
             lines.append([" − ".join(pair), str(ratio), *cells])
-    verdict = _OPPOSED if opposed else _SAME if same else _OPEN
-    total = len(pairs) * len(RATIOS)
+    opposed = sum(a * b < 0 for a, b in signs)
+    counts = {
+        "total": len(signs),
+        "opposed": opposed,
+        "above": sum(a != 0 for a, _ in signs),
+        "here": sum(b != 0 for _, b in signs),
+        "both": sum(a * b > 0 for a, b in signs),
+    }
     return [
         _ORDER,
         table(["pair, points of facts", "ratio", "above", "here"], lines),
         "",
-        verdict.format(total=total, opposed=opposed, same=same, rest=total - same - opposed),
+        (_OPPOSED if opposed else _SAME).format(**counts),
     ]
 
 
+_NAMES = {
+    "renderer": "[Another renderer](#another-renderer)",
+    "family": "[A second family](#a-second-family)",
+}
 _HEADS = {
     "renderer": """## Another renderer
 
@@ -124,11 +139,8 @@ Are the first three methods in the same order? Paired differences with 95 % inte
 those of the first table of this page, for the families of questions asked here.
 """
 _SAME = """\
-**The order is the same within intervals**: of the {total} differences between the three, {same}
-have the same sign as above with both intervals apart from 0, none has another, {rest} are open."""
+**The order is the same within intervals**: of the {total} differences between the three, {above}
+are apart from 0 above and {here} here, {both} of them in both with one sign, none with two."""
 _OPPOSED = """\
-**The order is not the same**: of the {total} differences between the three, {opposed} have another
-sign than above with both intervals apart from 0, {same} have the same, {rest} are open."""
-_OPEN = """\
-**The order is the same within intervals, which tell no two of the three apart**: all {rest}
-differences between them are open, here or above."""
+**The order is not the same**: of the {total} differences between the three, {above} are apart
+from 0 above and {here} here, {both} of them in both with one sign, {opposed} with two."""

@@ -183,15 +183,15 @@ def test_confirmed_orders():
     first = stored(LOST)
     same = confirm_page.section("family", first, first)
     assert "| auto − kcenter | 0.5 |" in same and "| auto − fastv | 0.5 |" in same
-    assert "order is the same" in same and "9\nhave the same sign" in same
+    assert "order is the same" in same and "9 here, 9 of them in both with one sign" in same
     tied = stored({"auto": 1, "condiv": 1, "kcenter": 3, "fastv": 4})
     text = confirm_page.section("family", first, tied)
-    assert "order is the same" in text and "6\nhave the same" in text and "3 are open" in text
+    assert "order is the same" in text and "6 here, 6 of them in both" in text
     turned = stored({"auto": 2, "condiv": 1, "kcenter": 3, "fastv": 4})
     text = confirm_page.section("family", first, turned)
-    assert "order is not the same" in text and "3 have another" in text and "0 are open" in text
+    assert "order is not the same" in text and "6 of them in both with one sign, 3 with" in text
     text = confirm_page.section("family", first, stored(dict.fromkeys(LOST, 1)))
-    assert "tell no two of the three apart" in text
+    assert "order is the same" in text and "and 0 here, 0 of them in both" in text
 
 
 def test_confirmations_ask_about_pictures_that_fit():
