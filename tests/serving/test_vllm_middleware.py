@@ -374,7 +374,6 @@ def test_grids_and_names_of_media_are_for_routers() -> None:
     wrong += [{**grid, **more} for more in (
         {"image_url": {"url": "file:///a"}}, {"video_embeds": {"x": "AAAA"}}, {"type": "text"},
     )]  # fmt: skip
-    wrong.append({"type": "text", "text": "a", "uuid": "a"})
     for alone in wrong:
         assert ask(vllm(rules=HERE), user(alone)).status == 400, alone
 
