@@ -55,15 +55,15 @@ def prefilled(server: Served, body: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def words(answer: dict[str, Any], length: int = LONGEST) -> list[tuple[str, float]]:
+def words(answer: dict[str, Any]) -> list[tuple[str, float]]:
     content = answer["choices"][0]["logprobs"]["content"]
-    assert len(content) == length
+    assert len(content) == LONGEST
     return [(word["token"], word["logprob"]) for word in content]
 
 
-def same(one: dict[str, Any], other: dict[str, Any], length: int = LONGEST) -> bool:
-    """Whether two answers have `length` equal tokens and, to 1e-4, log-probabilities."""
-    pairs = zip(words(one, length), words(other, length), strict=True)
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two answers have equal tokens and, to 1e-4, log-probabilities."""
+    pairs = zip(words(one), words(other), strict=True)
     return all(a[0] == b[0] and math.isclose(a[1], b[1], abs_tol=1e-4) for a, b in pairs)
 
 
