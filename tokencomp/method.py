@@ -31,8 +31,7 @@ if TYPE_CHECKING:  # tokencomp.mlx runs without torch, which reducers import
     from tokencomp.reducers._repeats import DropsRepeats
     from tokencomp.reducers.base import Reducer
 
-DEFAULT_REDUCER = "auto"  # kcenter on images and videos, uniform on audio
-DEFAULT_SERVED_REDUCER = "kcenter"  # ignores the question, so media caches serve every question
+DEFAULT_REDUCER = "auto"  # ignores the question, so media caches of servers serve every question
 DEFAULT_TOWER_REDUCER = "kcenter"
 # tower_ratio="auto" keeps this many times the cells that the decoder will see, so that the reducer
 # of the decoder, which may read the question, has a choice.
@@ -66,8 +65,6 @@ class Method(StageOptions):
         A number; 0 is off. A mapping from modalities to ratios goes to `ratios`.
     ratios
         Ratios by modality, in place of `ratio`; modalities that are not named stay whole.
-    default
-        What "auto" means: a reducer that can reuse media for other questions on servers.
     inherited
         Names of fields and options whose values come from an earlier method (`override`). They may
         have no effect at this ratio; others without effect are refused.
@@ -87,7 +84,6 @@ class Method(StageOptions):
     tower_reducer: str | Reducer = "auto"
     ratios: dict[str, float] = field(default_factory=dict)
     budget: int | Mapping[str, int] | None = None
-    default: str = DEFAULT_REDUCER
     inherited: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -221,15 +217,10 @@ class Method(StageOptions):
 
     @cached_property
     def built_reducer(self) -> Reducer:
-        """The reducer object with its options, "auto" resolved."""
+        """The reducer object with its options."""
         from tokencomp.reducers.registry import make_reducer
 
-        reducer = make_reducer(
-            self.default if self.reducer == "auto" else self.reducer, **self.options
-        )
-        if reducer.traits.decides and getattr(reducer, "then", "") == "auto":
-            return dataclasses.replace(reducer, then=self.default)  # type: ignore[call-arg]
-        return reducer
+        return make_reducer(self.reducer, **self.options)
 
     @property
     def off(self) -> bool:
@@ -372,7 +363,7 @@ class Method(StageOptions):
         """Inherited options of the stages that are not for another reducer, as None."""
         from tokencomp.reducers.registry import make_reducer
 
-        known = make_reducer(self.default if reducer == "auto" else reducer, **options)
+        known = make_reducer(reducer, **options)
         lapsed: dict[str, Any] = {}
         for name in OPTIONS.keys() & inherited:
             value, usual = getattr(self, name), OPTIONS[name].meaning("auto")

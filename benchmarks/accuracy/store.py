@@ -16,7 +16,7 @@ from benchmarks.accuracy.packed import PackedAnswers
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL, RANDOM, Setting
-from tokencomp.method import DEFAULT_REDUCER, DEFAULT_SERVED_REDUCER
+from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.pages.lost import LostItem
 from tokencomp.zoo import metrics
 from tokencomp.zoo.shapesqa.difficulty import is_image_family
@@ -139,7 +139,7 @@ class Results:
     def default(self) -> str:
         """What "auto" stands for on this model: another reducer where the default cannot run."""
         ran = {setting["reducer"] for setting in self.settings.values()}
-        names = (DEFAULT_REDUCER, STORED_DEFAULT, DEFAULT_SERVED_REDUCER)
+        names = (DEFAULT_REDUCER, STORED_DEFAULT, "kcenter")
         return next((name for name in names if name in ran), STORED_DEFAULT)
 
     @property

@@ -20,7 +20,7 @@ from benchmarks.accuracy.studies.choose import SCORED, VIDEOS, WEIGHTED, evidenc
 from benchmarks.accuracy.studies.ranking import Candidate, by_modality, by_ratio
 from benchmarks.experiment import Files
 from benchmarks.long.measures import Group
-from benchmarks.long.settings import CHOICE_RATIOS, KINDS
+from benchmarks.long.settings import CHOICE_RATIOS, KINDS, STEPS
 from benchmarks.long.stored import Answers, path_of
 from benchmarks.publishing import csv_text, dense, provenance, table
 from tokencomp.evaluation.settings import FULL, MERGE
@@ -81,6 +81,7 @@ def on_videos(names: str) -> dict[str, Candidate]:
         "condiv, merged up to 0.9": by_ratio(merged, dropped),
         "kcenter": KCENTER,
         "kcenter, merged": MERGED,
+        "kcenter with steps, merged": STEPS,
         "kcenter, merged up to 0.9": by_ratio(MERGED, KCENTER),
         "kcenter, merged up to 0.9, condiv above": by_ratio(MERGED, dropped),
     }

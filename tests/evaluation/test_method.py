@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,9 +14,8 @@ from tokencomp.errors import OptionError, UnknownNameError, WeightsError
 from tokencomp.evaluation import Setting
 from tokencomp.evaluation.patches import patched
 from tokencomp.handle import handle_of
-from tokencomp.method import DEFAULT_SERVED_REDUCER, Method
+from tokencomp.method import Method
 from tokencomp.reducers.registry import make_reducer
-from tokencomp.reducers.uniform import Uniform
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.storage import check_identity
 
@@ -31,14 +29,6 @@ def test_check_says_what_patch_would_and_leaves_the_model_alone(loaded: Any) -> 
     with pytest.raises(tokencomp.TokenCompError, match="decoder has 6 layers"):
         patching.check(model, Method(plan=late))
     assert handle_of(model) is None
-
-
-def test_auto_depends_on_the_engine_alone() -> None:
-    served = Method("auto", 0.5, default=DEFAULT_SERVED_REDUCER)
-    assert served.built_reducer == make_reducer("kcenter")
-    reducer = Uniform()
-    assert replace(served, reducer=reducer).built_reducer is reducer
-    assert "Auto(image=KCenter(" in repr(Method("auto", 0.5).stages(28, 1))
 
 
 @pytest.mark.parametrize(

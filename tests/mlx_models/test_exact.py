@@ -30,7 +30,7 @@ from support.serving.hf_reference import merged_at_compact
 import tokencomp.mlx  # after the processors of transformers are loaded
 from tokencomp.reducers.base import reduced
 
-REDUCERS = ("kcenter", "divprune", "vidcom2", "uniform", "random", "bipartite")
+REDUCERS = ("auto", "kcenter", "divprune", "vidcom2", "uniform", "random", "bipartite")
 
 
 def features(both: Any, asked: Any) -> Any:
@@ -304,12 +304,12 @@ def test_no_torch_is_imported() -> None:
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.startswith("[5, 5, 5, 5, 5]\n"), done.stderr
+    assert done.stdout.startswith("[5, 5, 5, 5, 5, 5]\n"), done.stderr
     assert "needs torch" in done.stdout
     assert "--draft-model: drafts" in done.stderr and done.returncode == 2
 
 
-@pytest.mark.parametrize("reducer", REDUCERS[:5])
+@pytest.mark.parametrize("reducer", REDUCERS[:6])
 def test_selection_equals_the_reducer(reducer: str) -> None:
     """On random grids, with copies of rows in a third of the cases, and long spans."""
     import mlx.core as mx
@@ -325,5 +325,7 @@ def test_selection_equals_the_reducer(reducer: str) -> None:
         if case % 3 == 0:
             x[n // 2 :] = x[: n - n // 2]
         keep = max(1, int(n * rng.choice([0.1, 0.25, 0.5, 0.9])))
-        expected = reduced(own, Tokens(torch.from_numpy(x), [grid], [keep])).patches.numpy()
+        modality = ["video" if grid[0] > 1 else "image"]
+        given = Tokens(torch.from_numpy(x), [grid], [keep], modalities=modality)
+        expected = reduced(own, given).patches.numpy()
         assert np.array_equal(SELECT[reducer](mx.array(x), grid, keep), expected), (grid, keep)

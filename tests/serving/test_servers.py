@@ -316,10 +316,10 @@ def test_the_line_of_the_log_has_the_id_of_the_answer(served: Served) -> None:
     assert answer.id == "chatcmpl-a-line"
     wait_for(lambda: "id=a-line " in (served.root / "log").read_text())
     (line,) = re.findall(".*id=a-line .*", (served.root / "log").read_text())
-    assert re.search(r"POST /v1/chat/completions 200 [0-9.]+s id=a-line reducer=kcenter", line)
+    assert re.search(r"POST /v1/chat/completions 200 [0-9.]+s id=a-line reducer=auto", line)
     counts = f" prompt={answer.usage.prompt_tokens} generated=8" if served.engine == "hf" else ""
     merge = {"hf": "on", "vllm": "off"}[served.engine]
-    assert f"reducer=kcenter ratio=0.75 merge={merge} visual=64->16{counts}" in line
+    assert f"reducer=auto ratio=0.75 merge={merge} visual=64->16{counts}" in line
     raw = served.client.chat.completions.with_raw_response.create(
         model="tiny", messages=http.messages("x"), max_tokens=1
     )

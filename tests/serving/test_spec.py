@@ -37,8 +37,8 @@ TAKEN: list[tuple[tuple[str, ...], Any, Any, dict[str, Any]]] = [
     (ENGINES, SEEDED, {"options": {"seed": 8}}, {"ratio": 0.5, "seed": 8}),
     (ENGINES, SEEDED, {"reducer": "uniform"}, {"ratio": 0.5, "name": "uniform"}),
     (ENGINES, SEEDED, {"ratio": 0}, {"active": False}),
-    (ENGINES, {**HALF, "reducer": "auto"}, None, {"name": "kcenter"}),
-    *((("hf", "vllm"), {"reducer": name}, None, {"active": True, "ratio": 0, "then": "kcenter"})
+    (ENGINES, {**HALF, "reducer": "auto"}, None, {"name": "auto"}),
+    *((("hf", "vllm"), {"reducer": name}, None, {"active": True, "ratio": 0, "then": "auto"})
       for name in DECIDING),
     (ENGINES, {**HALF, "ratio": 0.99}, {}, {"ratio": 0.99}),  # above the usual bound of requests
     (ENGINES, {**HALF, "per_request": False}, None, {"ratio": 0.5}),

@@ -34,8 +34,7 @@ def command(
         typer.Option(
             "--reducer",
             "-r",
-            help="Default reducer (tokencomp list), with options as in 'condiv(power=2)'; auto is "
-            "kcenter.",
+            help="Default reducer (tokencomp list), with options as in 'condiv(power=2)'.",
         ),
     ] = "auto",
     engine: Annotated[str, typer.Option("--engine", help='"hf", "vllm" or "mlx".')] = "hf",

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from tokencomp.errors import MissingDependencyError, OptionError
-from tokencomp.method import DEFAULT_SERVED_REDUCER, Method
+from tokencomp.method import Method
 from tokencomp.mlx.selection import SELECT, merged
 from tokencomp.mlx.spans import Span
 from tokencomp.plan.counts import BudgetShare
@@ -50,8 +50,6 @@ class MlxMethod(Method):
         A reducer or an option of the stages that needs torch, which is not installed.
     """
 
-    default: str = DEFAULT_SERVED_REDUCER
-
     def __post_init__(self) -> None:
         try:
             super().__post_init__()
@@ -72,9 +70,7 @@ class MlxMethod(Method):
 
     @property
     def name(self) -> str:
-        """The name of the reducer, "auto" resolved."""
-        reducer = self.default if self.reducer == "auto" else self.reducer
-        return reducer if isinstance(reducer, str) else reducer.name
+        return self.reducer if isinstance(self.reducer, str) else self.reducer.name
 
     @property
     def names_reducer(self) -> bool:

@@ -70,7 +70,7 @@ def patch(
     budget
         Instead of `ratio`: the largest number of visual tokens of every image and video.
     reducer
-        "kcenter" (the meaning of "auto"), "divprune", "vidcom2", "uniform" and "random" only need
+        "auto" (the default), "kcenter", "divprune", "vidcom2", "uniform" and "random" only need
         MLX. Others that only read features run through torch, if it is installed.
     merge
         As in `tokencomp.patch`: average the other tokens into kept ones, which then weigh as much

@@ -111,7 +111,10 @@ def merged(x: mx.array, kept: np.ndarray, special: np.ndarray) -> tuple[mx.array
     return total / mx.array(sizes)[:, None], sizes
 
 
-SELECT: dict[str, Select] = {f.__name__: f for f in (kcenter, divprune, vidcom2, uniform, random)}
+SELECT: dict[str, Select] = {
+    "auto": kcenter,
+    **{f.__name__: f for f in (kcenter, divprune, vidcom2, uniform, random)},
+}
 
 
 def finite(x: mx.array) -> mx.array:

@@ -54,7 +54,8 @@ class KCenter(Reducer):
         between these frames; 0: not used.
     step_weight : float
         In the decoder: weight of the change of features from one step of a video to the next; 0:
-        not used. The default of `patch` uses 4 on videos.
+        not used. Events that repeat are counted better by some models and worse by others
+        (benchmarks/long/choice.md).
     """
 
     pool: int = field(default=4, metadata=OF_PIXELS | between(1, 64))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tokencomp.errors import OptionError, RatioError, hint
-from tokencomp.method import DEFAULT_SERVED_REDUCER, TOWER, Method
+from tokencomp.method import TOWER, Method
 from tokencomp.plan.counts import MAX_RATIO, Budget, check_ratio
 from tokencomp.plan.options import OPTIONS
 from tokencomp.serving import KEY, engines
@@ -43,7 +43,7 @@ class ServerOptions:
         Higher ratios of requests that name none, under load.
     """
 
-    default: Method = field(default_factory=lambda: Method(default=DEFAULT_SERVED_REDUCER))
+    default: Method = field(default_factory=Method)
     max_ratio: float = MAX_RATIO
     per_request: bool = True
     only_own: bool = False
@@ -88,7 +88,7 @@ class ServerOptions:
             if not isinstance(flags[name], bool):
                 raise OptionError(f"{name}={flags[name]!r}: expected true or false.")
         merging = bool(values.get("merge"))
-        base = cls(Method(default=DEFAULT_SERVED_REDUCER), max_ratio, merging=merging)
+        base = cls(Method(), max_ratio, merging=merging)
         request = {k: v for k, v in values.items() if k in REQUEST_KEYS}
         if "budget" not in request:
             request["ratio"] = asked
