@@ -84,6 +84,7 @@ def test_every_import_is_a_dependency() -> None:
 
 
 THEIRS = {"sglang", "huggingface_hub", "packaging", "starlette", "anyio", "h11", "loguru"}
+THEIRS |= {"pydantic_core", "typing_extensions"}  # of pydantic
 THEIRS |= {"cachetools", "yaml"}  # of vLLM, and yaml of transformers
 """What other packages bring that these modules run in or import first."""
 OTHER_DECODERS = {"torchcodec"}

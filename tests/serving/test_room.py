@@ -73,7 +73,9 @@ class Engine:
         self.decoding -= 1
         media = {"image": [{"pixel_values": SimpleNamespace(data=torch.zeros(3 * SIDE**2))}, None]}
         saved = Saved("kcenter", {"ratio": 0.5}, {"image": (4, 2)})
-        prompt, sampling = {"tokencomp": saved, "mm_kwargs": media}, SimpleNamespace(extra_args={})
+        hashes = {"image": ["first", "cached"]}
+        prompt = {"tokencomp": saved, "mm_kwargs": media, "mm_hashes": hashes}
+        sampling = SimpleNamespace(extra_args={})
         async for _ in self.client.generate(prompt, sampling):
             await self.end.wait()
             raise RequestError("reached", REACHED)
