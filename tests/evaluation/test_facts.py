@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support.console import run
@@ -87,11 +90,23 @@ def test_single_words_in_any_order_count_as_often_as_they_are_said(seed: int) ->
         (("cup", "cup"), "cup", (1, 0), 0),
         (("3.5 m",), "It is 3.5 m wide. And red.", (1,), 1),
         (("-5",), "5", (0,), 1),
+        (("wide",), "It is 3.5 m wide", (1,), 0),
+        (("red cup", "cup blue plate"), "red cup blue plate", (0, 1), 0),  # one "cup" is said
     ],
 )
 def test_facts_of_answers(facts: tuple, answer: str, kept: tuple[int, ...], invented: int) -> None:
     found = facts_of(*facts).found(answer)
     assert (found.kept, found.invented) == (tuple(map(bool, kept)), invented)
+
+
+def test_facts_by_place_are_of_questions_that_both_runs_answered() -> None:
+    """The full model failed on question 2, the run on question 0."""
+    full = [{"id": 0, "facts": (1, 1), "invented": 0}, {"id": 1, "facts": (1, 0), "invented": 0}]
+    some = [{"id": 1, "facts": (1, 1), "invented": 3}, {"id": 2, "facts": (1, 1), "invented": 0}]
+    run: Any = SimpleNamespace(answered=some)
+    found = facts_kept(run, SimpleNamespace(answered=full))  # type: ignore[arg-type]
+    assert found is not None and found.by_place[0] == 1 and math.isnan(found.by_place[1])
+    assert (found.left_out, found.invented, found.facts[:3]) == (0, 3, (1, 1, 0))
 
 
 def test_an_order_counts_where_it_is_asked_for() -> None:

@@ -57,6 +57,14 @@ def test_the_difference_of_right_answers_has_tangos_interval(table: tuple[int, .
     assert (other.low, other.high) == pytest.approx((-found.high, -found.low), abs=1e-9)
 
 
+def test_an_interval_has_the_unit_of_its_scores() -> None:
+    """Four points for a right answer give four times the difference; shares stay."""
+    a, b = (np.array(scores, float) for scores in pairs(20, 6, 2, 8))
+    one, four = difference(a, b), difference(4 * a, 4 * b)
+    assert (four.low, four.high) == pytest.approx((4 * one.low, 4 * one.high), abs=1e-9)
+    assert retention(4 * a, 4 * b).high == pytest.approx(retention(a, b).high, abs=1e-9)
+
+
 def most_likely(z: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Probabilities of largest likelihood with mean(z) = 0, by a grid that closes in on its best.
 
