@@ -17,7 +17,7 @@ from support.console import run
 
 from tokencomp.errors import OptionError
 from tokencomp.evaluation import Setting, sweep
-from tokencomp.evaluation.fact_places import facts_kept
+from tokencomp.evaluation.fact_places import facts_kept, place_names
 from tokencomp.evaluation.group_runs import find_runs
 from tokencomp.inputs.facts import Facts
 from tokencomp.inputs.files import FileQuestions
@@ -107,6 +107,7 @@ def test_facts_by_place_are_of_questions_that_both_runs_answered() -> None:
     found = facts_kept(run, SimpleNamespace(answered=full))  # type: ignore[arg-type]
     assert found is not None and found.by_place[0] == 1 and math.isnan(found.by_place[1])
     assert (found.left_out, found.invented, found.facts[:3]) == (0, 3, (1, 1, 0))
+    assert place_names(found) == {0: "1", 1: "2"}
 
 
 def test_an_order_counts_where_it_is_asked_for() -> None:
