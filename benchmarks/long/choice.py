@@ -30,6 +30,7 @@ CELLS = {"images": "images", "clips": "videos"}
 """Kinds of media as cells of short answers name them."""
 KCENTER: Candidate = ("kcenter", {})
 MERGED: Candidate = ("kcenter", {MERGE: True})
+STEPS_TO = "kcenter with steps up to 0.9, merged"
 PREVIOUS = "condiv"
 """The default on videos before."""
 OLD, SCORED_FIRST, UNSCORED, LONG = "release 0.1", "scored", "unscored", "long"
@@ -82,6 +83,7 @@ def on_videos(names: str) -> dict[str, Candidate]:
         "kcenter": KCENTER,
         "kcenter, merged": MERGED,
         "kcenter with steps, merged": STEPS,
+        STEPS_TO: by_ratio(STEPS, MERGED),
         "kcenter, merged up to 0.9": by_ratio(MERGED, KCENTER),
         "kcenter, merged up to 0.9, condiv above": by_ratio(MERGED, dropped),
     }

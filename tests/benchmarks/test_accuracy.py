@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from benchmarks.accuracy.store import Results
 from benchmarks.accuracy.studies import baselines, ranking
 from tokencomp import make_reducer
 from tokencomp.errors import OptionError
+from tokencomp.plan.plan import keep_count
 
 
 def results_of(folder: Path, shares: dict[str, float], **more) -> Results:
@@ -141,9 +144,11 @@ def test_auto_is_the_recorded_choice() -> None:
         for ratio in (0.5, 0.9, 0.95):
             _, chosen = ranking.part((stored["reducer"], stored["options"]), kind, ratio)
             assert stage.merges(kind[:-1], 1 - ratio) is chosen.get("merge", False), (kind, ratio)
-        name, _ = ranking.part((stored["reducer"], stored["options"]), kind, 0.5)
-        for seed in range(5):
+        for ratio, seed in itertools.product((0.5, 0.9, 0.95), range(5)):
+            name, options = ranking.part((stored["reducer"], stored["options"]), kind, ratio)
+            own = {key: value for key, value in options.items() if key != "merge"}
             tokens = dataclasses.replace(matrix.tokens(grid, seed=seed), modalities=[kind[:-1]])
-            pair = stage.reducer, make_reducer(name)
-            kept = [matrix.kept(one, tokens, 20).patches for one in pair]
-            assert torch.equal(*kept), (kind, seed)
+            budget = keep_count(math.prod(grid), 1 - ratio)
+            pair = stage.reducer, make_reducer(name, **own)
+            kept = [matrix.kept(one, tokens, budget).patches for one in pair]
+            assert torch.equal(*kept), (kind, ratio, seed)

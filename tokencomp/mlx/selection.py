@@ -6,6 +6,7 @@ reducers of the same name; scores are in float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -22,17 +23,37 @@ TEMPERATURE = 0.01  # of the softmax over frames of vidcom2
 BANDWIDTHS = tuple(2.0**k for k in range(-3, 2))
 CHUNK = 1024  # rows of a table of distances that are computed at once
 STEPS = 64  # choices between two evaluations, which keep the graph small
+TURN = math.pi * (3 - math.sqrt(5))  # the golden angle, between two steps of a video
+STEP_WEIGHT, STEPS_FROM = 4.0, 12  # of the default on videos, if it keeps a row of so many
 
 
-def kcenter(x: mx.array, grid: Grid, keep: int) -> np.ndarray:
+def auto(x: mx.array, grid: Grid, keep: int) -> np.ndarray:
+    """The default: `kcenter`, in videos with what changes from step to step."""
+    return kcenter(x, grid, keep, STEP_WEIGHT if grid[0] > 1 and STEPS_FROM * keep >= len(x) else 0)
+
+
+def kcenter(x: mx.array, grid: Grid, keep: int, step_weight: float = 0.0) -> np.ndarray:
     """Farthest-point choice by root mean square, from the row farthest from the mean."""
     x = finite(x)
+    if step_weight:
+        x = _with_steps(x, grid, step_weight)
     start = _first_best(((x - x.mean(0)) ** 2).sum(1))
 
     def distance(row: mx.array) -> mx.array:
         return mx.sqrt(((x - x[row]) ** 2).mean(1))
 
     return _greedy(distance, start, len(x), keep)
+
+
+def _with_steps(x: mx.array, grid: Grid, weight: float) -> mx.array:
+    """Features and the change from step to step, shape (n, d + 2); as `reducers.kcenter`."""
+    t, area = grid[0], grid[1] * grid[2]
+    frames, none = x.reshape(t, area, -1), mx.zeros((1, area))
+    steps = mx.sqrt(((frames[1:] - frames[:-1]) ** 2).mean(-1))
+    change = mx.maximum(mx.concatenate([none, steps]), mx.concatenate([steps, none])).reshape(-1, 1)
+    angles = TURN * np.repeat(np.arange(t), area)
+    turn = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    return mx.concatenate([x, weight * math.sqrt(x.shape[1] / 2) * change * mx.array(turn)], 1)
 
 
 def divprune(x: mx.array, grid: Grid, keep: int) -> np.ndarray:
@@ -112,8 +133,7 @@ def merged(x: mx.array, kept: np.ndarray, special: np.ndarray) -> tuple[mx.array
 
 
 SELECT: dict[str, Select] = {
-    "auto": kcenter,
-    **{f.__name__: f for f in (kcenter, divprune, vidcom2, uniform, random)},
+    f.__name__: f for f in (auto, kcenter, divprune, vidcom2, uniform, random)
 }
 
 
