@@ -68,7 +68,7 @@ def check(answer: Any, want: tuple[str, int, Any]) -> None:
     assert (text, answer.usage.prompt_tokens) == want[:2]
 
 
-DEFAULT = {"ratio": 0.5, "reducer": "kcenter", "merge": "auto"}
+DEFAULT = {"ratio": 0.5, "reducer": "auto", "merge": "auto"}
 EVERY = ([IMAGE], [VIDEO], [http.mp4_url(4)], [IMAGE, WIDE], [IMAGE, VIDEO])
 CASES: dict[str, tuple[Any, Any]] = {  # options of requests, and their media
     "uniform": ({"reducer": "uniform", "ratio": 0.3}, EVERY),
