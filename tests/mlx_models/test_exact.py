@@ -116,13 +116,13 @@ def test_merging_equals_transformers(name: str, media: str) -> None:
     assert np.abs(other - rows[0]).max() > 1e-2
 
 
-def test_the_default_merges_in_images() -> None:
-    """As that of `tokencomp.patch`: up to ratio 0.9."""
+def test_the_default_merges() -> None:
+    """As that of `tokencomp.patch`: in images up to ratio 0.9."""
     both = pair("tiny-qwen3-vl")
     for media, ratio, options, merges in (
         (IMAGE, 0.5, {}, True),
         (IMAGE, 0.95, {}, False),
-        (VIDEO, 0.5, {}, False),
+        (VIDEO, 0.5, {}, True),
         (IMAGE, 0.5, {"merge": False}, False),
         (IMAGE, 0.5, {"reducer": "kcenter"}, False),
         (IMAGE, 0.5, {"reducer": "runlength", "merge": True}, True),
@@ -199,9 +199,7 @@ def test_budgets_are_those_of_transformers(name: str, media: str) -> None:
     positions: Any = "compact" if "llava" in name else "original"
     for budget in (1, 21, 1000):
         with (
-            tokencomp.patch(
-                both.reference, budget=budget, reducer="kcenter", positions=positions
-            ) as theirs,
+            tokencomp.patch(both.reference, budget=budget, positions=positions) as theirs,
             torch.no_grad(),
         ):
             both.reference(**asked.inputs)
@@ -209,7 +207,7 @@ def test_budgets_are_those_of_transformers(name: str, media: str) -> None:
         with tokencomp.mlx.patch(both.model, budget=budget) as handle:
             features(both, asked)
         assert handle.columns.tolist() == rows.tolist()
-        assert f"budget={budget}, kcenter" in repr(handle)
+        assert f"budget={budget}, auto" in repr(handle)
 
 
 @pytest.mark.parametrize("name", NAMES)
