@@ -23,8 +23,7 @@ least {BAR:.0%} on validation questions. Bold: the frontier, settings for which 
 both faster and more accurate on validation questions. Test questions were then asked for the
 frontier, for the settings with a whole tower, and for smaller pictures; in brackets, paired 95 %
 intervals. The tower that was timed has 32 blocks at full depth, the one that answers has 8: the
-place of a stage is a fraction of the depth. No percentage here carries over to a 7B model. On
-videos the decoder's stage is `condiv`, which dropped: the default when this was measured."""
+place of a stage is a fraction of the depth. No percentage here carries over to a 7B model."""
 
 
 class Measured:
