@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support import matrix, merge_loops
-from support.max_min import k_center
+from support.max_min import k_center, naive_steps
 from support.tower_loops import cosine, dot
 
 from tokencomp import Tokens, make_reducer
@@ -88,15 +88,20 @@ def test_the_margin_keeps_like_things_before_the_background() -> None:
 
 
 def test_the_default_chooses_by_the_kind_of_media() -> None:
-    """Spans of one batch are reduced by the methods of their modalities, without scores."""
+    """Spans of one batch are reduced by the methods of their modalities, without scores.
+
+    The second video keeps 2 of 32 patches, less than a twelfth, and so without its steps.
+    """
     spans = [
         dataclasses.replace(matrix.tokens((t, 4, 4), seed=seed), modalities=[kind])
-        for seed, (t, kind) in enumerate([(1, "image"), (2, "video"), (1, "audio")])
+        for seed, (t, kind) in enumerate([(1, "image"), (2, "video"), (1, "audio"), (2, "video")])
     ]
-    kept = matrix.kept(make_reducer("auto"), matrix.joined(spans), 8, 11, 6).patches.tolist()
-    image, video, audio = (span.features.double() for span in spans)
-    expected = [*k_center(image, 8), *(16 + i for i in k_center(video, 11))]
+    kept = matrix.kept(make_reducer("auto"), matrix.joined(spans), 8, 11, 6, 2).patches.tolist()
+    image, video, audio, short = (span.features.double() for span in spans)
+    steps = naive_steps(video, (2, 4, 4), 4.0, [*range(32)])
+    expected = [*k_center(image, 8), *(16 + i for i in k_center(steps, 11))]
     expected += [48 + int((i + 0.5) * len(audio) / 6) for i in range(6)]
+    expected += [64 + i for i in k_center(short, 2)]
     assert kept == expected
 
 

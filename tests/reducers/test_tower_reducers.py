@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import matrix, tower
 from support.families import FAMILIES, text
-from support.max_min import k_center, rms
+from support.max_min import k_center, naive_steps, rms
 from torch import Tensor
 from transformers import Qwen2VLVideoProcessor
 
@@ -91,19 +91,6 @@ def test_a_thing_that_blinks_stays_in_every_step() -> None:
     assert flashes <= set(matrix.kept(make_reducer("kcenter"), seen, 4).patches.tolist())
     once = set(matrix.kept(make_reducer("kcenter", temporal_weight=0), seen, 4).patches.tolist())
     assert len(flashes & once) == 1
-
-
-def naive_steps(x: Tensor, grid: tuple[int, int, int], weight: float, left: list[int]) -> Tensor:
-    """Features with the change from step to step, one cell at a time; `left`: cells in order."""
-    area, rows = grid[1] * grid[2], dict(zip(left, x, strict=True))
-    out = []
-    for cell in left:
-        others = [rows[c] for c in (cell - area, cell + area) if c in rows]
-        change = max([rms(rows[cell], other) for other in others], default=0.0)
-        angle = cell // area * math.pi * (3 - math.sqrt(5))
-        place = [weight * change * f(angle) / math.sqrt(2) for f in (math.cos, math.sin)]
-        out.append(torch.cat([rows[cell] / math.sqrt(x.shape[1]), torch.tensor(place)]))
-    return torch.stack(out)
 
 
 @pytest.mark.parametrize("weight", [0.5, 4.0])

@@ -36,6 +36,19 @@ def k_center(x: Tensor, keep: int) -> list[int]:
     return sorted(chosen)
 
 
+def naive_steps(x: Tensor, grid: tuple[int, int, int], weight: float, left: list[int]) -> Tensor:
+    """Features with the change from step to step, one cell at a time; `left`: cells in order."""
+    area, rows = grid[1] * grid[2], dict(zip(left, x, strict=True))
+    out = []
+    for cell in left:
+        others = [rows[c] for c in (cell - area, cell + area) if c in rows]
+        change = max([rms(rows[cell], other) for other in others], default=0.0)
+        angle = cell // area * math.pi * (3 - math.sqrt(5))
+        place = [weight * change * f(angle) / math.sqrt(2) for f in (math.cos, math.sin)]
+        out.append(torch.cat([rows[cell] / math.sqrt(x.shape[1]), torch.tensor(place)]))
+    return torch.stack(out)
+
+
 def check_greedy(
     x: Tensor, order: list[int], weights: Tensor | None, tolerance: float,
     margin: float = 0.0, distance: Tensor | None = None,
