@@ -11,7 +11,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # In a checkout the kernels are in a folder next to this one. Python takes this folder, and not
 # an installed copy, where modules of the working directory come first, as for `python -m` (vLLM,
