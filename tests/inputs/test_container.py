@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
 
 import numpy as np
 import pytest
-from support.clips import CODECS, pictures, write_clip
+from support.clips import CODECS, damage, decodable, pictures, write_clip
 
 from tokencomp.errors import FrameChoiceWarning
 from tokencomp.inputs.media import load_media
@@ -118,18 +117,6 @@ def test_frames_are_scaled_while_they_are_converted(tmp_path, size):
     assert all(np.array_equal(a, b) for a, b in zip(full, same, strict=True))
 
 
-def decodable(path):
-    """Pictures of a damaged file by their number in the order in which they are shown."""
-    with av.open(str(path)) as container:
-        packets = [p for p in container.demux(video=0) if p.size]
-        order, found = sorted(p.pts for p in packets), {}
-        for packet in [*packets, None]:
-            with contextlib.suppress(av.error.FFmpegError):
-                for frame in container.streams.video[0].codec_context.decode(packet):
-                    found[order.index(frame.pts)] = frame.to_ndarray(format="rgb24")
-    return found
-
-
 @pytest.mark.parametrize("name", ["h264", "hevc", "vp9"])
 def test_damaged_frames_repeat_the_one_shown_before(tmp_path, name):
     """All 20 chosen frames come, at their own times; the warning counts those that repeat."""
@@ -137,13 +124,7 @@ def test_damaged_frames_repeat_the_one_shown_before(tmp_path, name):
     if name == "hevc":
         more = {"x265-params": "log-level=none:keyint=16"}
     path = write_clip(tmp_path, name, pictures(COUNT), **more)
-    with av.open(str(path)) as container:
-        packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
-    content = bytearray(path.read_bytes())
-    head = 8 if path.suffix == ".webm" else 0  # of the container, before what is compressed
-    for start, length in packets[2 * COUNT // 5 :][:6]:
-        content[start + head : start + length] = bytes(length - head)
-    path.write_bytes(content)
+    damage(path, range(2 * COUNT // 5, 2 * COUNT // 5 + 6))
     left = decodable(path)
     with pytest.warns(FrameChoiceWarning, match="are repeated") as warned:
         video = load_media(path, 20)

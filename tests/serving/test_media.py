@@ -22,7 +22,7 @@ pytest.importorskip("av")
 
 from PIL import Image, ImageSequence
 from PIL.GifImagePlugin import GifImageFile
-from support.clips import pictures, write_clip
+from support.clips import damage, decodable, pictures, without, write_clip
 from support.serving.doors import part, user
 from support.serving.files import canvas, clip, content, data, frames, gif, image, png
 from support.serving.prompts import read
@@ -111,24 +111,31 @@ def test_decoding_ends_with_its_time(make: Any) -> None:
     refused(413, lambda: read(user(part(make(8, 2))), limits=Limits(decode_seconds=0)))
 
 
-def test_a_frame_that_is_larger_than_the_header_says_is_not_decoded(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def photographs(*sides: int) -> bytes:
+    """A video of JPEG frames with these sides, the first of which is in its header."""
     import av
 
-    out, sizes = io.BytesIO(), []
+    out = io.BytesIO()
     with av.open(out, "w", format="matroska") as container:
         stream = container.add_stream("mjpeg", rate=4)
-        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuvj420p"
-        for i, side in enumerate((64, 64, 400, 64)):
+        stream.width, stream.height, stream.pix_fmt = sides[0], sides[0], "yuvj420p"
+        for i, side in enumerate(sides):
             picture = io.BytesIO()
-            Image.new("RGB", (side, side)).save(picture, "JPEG")
+            Image.new("RGB", (side, side), (60 * i, 90, 0)).save(picture, "JPEG")
             packet = av.Packet(picture.getvalue())
             packet.stream, packet.pts, packet.time_base = stream, i, Fraction(1, 4)
             container.mux(packet)
+    return out.getvalue()
+
+
+def test_a_frame_that_is_larger_than_the_header_says_is_not_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A small header with a frame of gigapixels after it."""
+    sizes: list[tuple[int, int]] = []
     monkeypatch.setattr(video, "check_size", lambda w, h, *_: sizes.append((w, h)))
     with pytest.raises(RequestError):
-        load_video(data(out.getvalue(), "video/x-matroska"), LIMITS)
+        load_video(data(photographs(64, 64, 400, 64), "video/x-matroska"), LIMITS)
     assert set(sizes) == {(64, 64)}
 
 
@@ -231,6 +238,55 @@ def test_a_request_gets_the_frames_of_python(still: Path, policy: Any) -> None:
     prompt = read(user(part(url), media_io_kwargs={"video": {"frames": policy}}))
     assert prompt.samplings == [expected.sampling]
     assert np.array_equal(prompt.videos[0], np.stack([np.asarray(f) for f in expected]))
+
+
+def uneven(folder: Path) -> Path:
+    ticks = np.cumsum(np.random.default_rng(0).choice([1, 2, 9], 60)).tolist()
+    return write_clip(folder, "h264", pictures(60), times=ticks)
+
+
+def headless(folder: Path) -> Path:
+    """A recording that begins within a group, as one that was cut out of a stream."""
+    return without(write_clip(folder, "h264-open", pictures(60)), range(3))
+
+
+def half(folder: Path) -> Path:
+    """A recording with two groups of which no frame can be decoded."""
+    path = write_clip(folder, "hevc-open", pictures(60))
+    damage(path, range(20, 60))
+    return path
+
+
+@pytest.mark.parametrize("policy", [20, "4fps"])
+@pytest.mark.parametrize("make", [uneven, headless, half])
+@pytest.mark.filterwarnings("ignore::tokencomp.errors.FrameChoiceWarning")
+def test_missing_frames_repeat_as_in_python(tmp_path: Path, make: Any, policy: Any) -> None:
+    """A whole decode is the oracle; the frame shown before is repeated, or the first chosen."""
+    path = make(tmp_path)
+    expected, left = load_media(path, policy), decodable(path)
+    limits = Limits(policy=str(policy))
+    shown, sampling = decode_apart(path.read_bytes(), limits, Deadline(60))
+    assert sampling == expected.sampling and len(shown) == len(expected)
+    assert (set(sampling.indices) <= left.keys()) == (make is uneven)
+    first = min(left.keys() & set(sampling.indices))
+    for picture, same, k in zip(shown, expected, sampling.indices, strict=True):
+        before = max((place for place in left if place <= k), default=first)
+        assert np.array_equal(picture, left[before]) and np.array_equal(picture, same)
+
+
+def test_a_file_whose_decoder_reports_damage_is_refused(tmp_path: Path) -> None:
+    path = write_clip(tmp_path, "h264", pictures(60))
+    damage(path, range(24, 30))
+    refused(400, decode_apart, path.read_bytes(), Limits(), Deadline(60))
+
+
+def test_frames_of_a_file_that_changes_its_size_have_that_of_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "changing.mkv"
+    path.write_bytes(photographs(64, 64, 48, 64))
+    shown, sampling = decode_apart(path.read_bytes(), Limits(), Deadline(60))
+    expected = load_media(path, 4)
+    assert sampling == expected.sampling and shown.shape == (4, 64, 64, 3)
+    assert np.array_equal(shown, np.stack([np.asarray(frame) for frame in expected]))
 
 
 def test_animations_have_policies(tmp_path: Path) -> None:

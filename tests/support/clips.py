@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -68,3 +69,45 @@ def write_clip(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def damage(path: Path, numbers: range) -> None:
+    """Overwrite the packets with these numbers, in decoding order, by zeros."""
+    import av
+
+    with av.open(str(path)) as container:
+        packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    content = bytearray(path.read_bytes())
+    head = 8 if path.suffix in (".webm", ".mkv") else 0  # of the container, before the content
+    for k in numbers:
+        start, length = packets[k]
+        content[start + head : start + length] = bytes(length - head)
+    path.write_bytes(content)
+
+
+def without(path: Path, numbers: range) -> Path:
+    """A copy of a file that lacks the packets with these numbers."""
+    import av
+
+    copy = path.with_stem("part")
+    with av.open(str(path)) as old, av.open(str(copy), "w") as new:
+        stream: Any = new.add_stream_from_template(old.streams.video[0])
+        for k, packet in enumerate(p for p in old.demux(video=0) if p.size):
+            if k not in numbers:
+                packet.stream = stream
+                new.mux(packet)
+    return copy
+
+
+def decodable(path: Path) -> dict[int, np.ndarray]:
+    """Pictures of a damaged file by their number in the order in which they are shown."""
+    import av
+
+    with av.open(str(path)) as container:
+        packets = [p for p in container.demux(video=0) if p.size]
+        order, found = sorted(p.pts for p in packets), {}
+        for packet in [*packets, None]:
+            with contextlib.suppress(av.error.FFmpegError):
+                for frame in container.streams.video[0].codec_context.decode(packet):
+                    found[order.index(frame.pts)] = frame.to_ndarray(format="rgb24")
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def load_media(
             "alone, as in torchcodec:cuda."
         )
     if is_reader(path):
-        return _load_clip(ReaderClip(path), Path(type(path).__name__), policy, size, question)
+        return load_clip(ReaderClip(path), type(path).__name__, policy, size, question)
     path = Path(path)
     _check_file(path)
     if not is_video(path):
@@ -114,7 +114,7 @@ def load_media(
     with part("open"):
         opened = open_clip(path, decoder)
     with opened as clip:
-        return _load_clip(clip, path, policy, size, question)
+        return load_clip(clip, str(path), policy, size, question)
 
 
 def _check_file(path: Path) -> None:
@@ -126,8 +126,22 @@ def _check_file(path: Path) -> None:
         raise MediaError(f"{path}: the file is empty (0 bytes). Download or export it again.")
 
 
-def _load_clip(clip: Clip, path: Path, policy: Policy, size: int | None, question: str) -> Video:
-    """The frames of a clip that a policy chooses, and their times."""
+def _warn(text: str) -> None:
+    warnings.warn(text, FrameChoiceWarning, stacklevel=4)  # at the call of `load_media`
+
+
+def load_clip(
+    clip: Clip,
+    name: str,
+    policy: Policy,
+    size: int | None = None,
+    question: str = "",
+    warn: Callable[[str], None] = _warn,
+) -> Video:
+    """The frames of a clip that a policy chooses, and their times.
+
+    `warn` gets what `load_media` warns of, about the clip with this `name`.
+    """
     with part("open"):
         index = clip.index
     scored: dict[int, Any] = {}
@@ -140,20 +154,20 @@ def _load_clip(clip: Clip, path: Path, policy: Policy, size: int | None, questio
     with part("select"):
         choice = policy.choose(index, decode, question)
     if choice.silence:
-        _warn(f"{path}: frames={str(policy)!r} takes evenly spaced frames: {choice.silence}.")
+        warn(f"{name}: frames={str(policy)!r} takes evenly spaced frames: {choice.silence}.")
     if scored.keys() >= set(choice.places):
         read = {place: scored[place] for place in choice.places}
     else:
         read = _pictures(clip, choice.places, size)
     places = sorted(set(choice.places))
     if lost := sorted({*places} & ({*places} - read.keys() | clip.replaced)):
-        _warn(
-            f"{path}: {len(lost)} of {len(places)} chosen frames cannot be decoded, the first is "
+        warn(
+            f"{name}: {len(lost)} of {len(places)} chosen frames cannot be decoded, the first is "
             f"number {lost[0]}. The frames shown before them are repeated."
         )
     if index.lacking > NEARLY * index.total:
-        _warn(
-            f"{path}: the header counts {index.total + index.lacking} frames, and the file has "
+        warn(
+            f"{name}: the header counts {index.total + index.lacking} frames, and the file has "
             f"{index.total}. It may have been cut off; frames come from the part that is there."
         )
     times = index.uneven_times(places)
@@ -165,10 +179,6 @@ def _filled(read: dict[int, Any], places: Sequence[int]) -> list[Any]:
     """The pictures at `places`, ascending; where one is missing, that before it or the next."""
     first = read[min(read)]
     return list(itertools.accumulate(places, lambda last, p: read.get(p, last), initial=first))[1:]
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, FrameChoiceWarning, stacklevel=4)  # at the call of `load_media`
 
 
 def open_clip(path: Path, decoder: str = "pyav") -> Clip:

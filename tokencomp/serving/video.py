@@ -18,7 +18,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,12 +27,12 @@ import numpy as np
 from PIL import Image
 
 from tokencomp.errors import MediaError, OptionError
-from tokencomp.inputs.images import on_white, seconds_shown
+from tokencomp.inputs.media import load_clip
 from tokencomp.inputs.video import Sampling
+from tokencomp.inputs.video.clips import AnimationClip, Clip, FileClip
 from tokencomp.inputs.video.container import VideoFile
 from tokencomp.inputs.video.frames import Choice, Scored, frame_policy
-from tokencomp.inputs.video.packets import ClipIndex, animation_index
-from tokencomp.inputs.video.upright import rgb
+from tokencomp.inputs.video.packets import ClipIndex
 from tokencomp.serving.limits import Deadline, Limits, RequestError
 from tokencomp.serving.media import (
     FRAME_LIST,
@@ -42,10 +43,10 @@ from tokencomp.serving.media import (
     read_url,
 )
 
-Clip = tuple[np.ndarray, Sampling]
+Decoded = tuple[np.ndarray, Sampling]
 """Frames, uint8 (frames, height, width, 3), and when they were shown."""
 
-Decode = Callable[[bytes, Limits, Deadline], Clip]
+Decode = Callable[[bytes, Limits, Deadline], Decoded]
 
 FIELD = "media_io_kwargs"
 POLICIES = '8 (evenly spaced), "1fps" (by time) or "stream:8" (by bursts)'
@@ -85,15 +86,6 @@ def with_request(options: Any, limits: Limits) -> Limits:
     return dataclasses.replace(limits, policy=str(policy))
 
 
-def _choose(index: ClipIndex, limits: Limits) -> Choice:
-    """Choose the frames that the policy of these limits takes."""
-    policy = frame_policy(limits.policy or limits.frames)
-    choice = policy.choose(index, lambda places: ([], []), "")  # only `Scored` decodes candidates
-    if len(choice.places) > limits.frames:
-        raise RequestError(f"{len(choice.places)} frames; the limit is {limits.frames}.", 413)
-    return choice
-
-
 def _check_video(total: int, width: int, height: int, limits: Limits, pixels: int) -> None:
     """Refuse a video of `total` frames of this size and more than `pixels` in all of them."""
     if total > limits.max_decoded:
@@ -107,28 +99,31 @@ def _check_video(total: int, width: int, height: int, limits: Limits, pixels: in
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Bounded:
+    """The policy of some limits, which takes no more frames than these allow."""
+
+    limits: Limits
+
+    def choose(self, index: ClipIndex, decode: Any, question: str) -> Choice:
+        policy = frame_policy(self.limits.policy or self.limits.frames)
+        choice = policy.choose(index, decode, question)
+        if len(choice.places) > self.limits.frames:
+            raise RequestError(
+                f"{len(choice.places)} frames; the limit is {self.limits.frames}.", 413
+            )
+        return choice
+
+    def __str__(self) -> str:
+        return self.limits.policy or str(self.limits.frames)
+
+
 # -- decoding --------------------------------------------------------------------------------------
 
 
-def decode_container(content: bytes, limits: Limits, deadline: Deadline) -> Clip:
-    """Decode the chosen frames of a video file in this process."""
-    try:
-        return _Container(content, limits, deadline).frames()
-    except RequestError:
-        raise
-    except MediaError as error:
-        raise RequestError(f"a video: {error}") from None
-    except ImportError:
-        raise RequestError("this server has no video decoder (pip install av).", 501) from None
-    except (MemoryError, BlockingIOError):  # no memory for a buffer, or for a thread of the decoder
-        raise _too_much_memory(limits) from None
-    except Exception as error:  # decoders raise undocumented types
-        raise RequestError(f"a video cannot be decoded ({type(error).__name__}).") from None
-
-
 def load_video(
-    url: str, limits: Limits, deadline: Deadline | None = None, decode: Decode = decode_container
-) -> Clip:
+    url: str, limits: Limits, deadline: Deadline | None = None, decode: Decode | None = None
+) -> Decoded:
     """Load the chosen frames of a video, and when they were shown.
 
     The format is MP4, MOV, MKV, WebM, AVI, OGG or an animated GIF or WebP. As in vLLM,
@@ -138,85 +133,114 @@ def load_video(
     deadline = deadline or Deadline(limits.decode_seconds)
     media_type, content = read_url(url, limits)
     if media_type == FRAME_LIST:
-        return _frame_list(frame_list(content, limits), limits, deadline)
-    return load_file(content, limits, deadline, decode)
+        parts = frame_list(content, limits)
+        count = len(parts)
+        images = (np.asarray(decode_image(p, limits, deadline, count)) for p in parts)
+        frames = _stacked(range(count), enumerate(images))
+        return _whole([*frames.values()]), Sampling((*frames,), count, FRAME_LIST_RATE)
+    return load_file(content, limits, deadline, decode or decode_container)
 
 
-def load_file(content: bytes, limits: Limits, deadline: Deadline, decode: Decode) -> Clip:
+def load_file(content: bytes, limits: Limits, deadline: Deadline, decode: Decode) -> Decoded:
     """Decode the chosen frames of an animation, or with `decode` those of a video file."""
     if content[:4] == b"GIF8" or (content[:4] == b"RIFF" and content[8:12] == b"WEBP"):
-        return _animation(content, limits, deadline)
+        return _decoded("an animation", _Animation, content, limits, deadline)
     return decode(content, limits, deadline)
 
 
-class _Frames:
-    """Frames of one size in one array, which is filled without a second copy of all of them."""
-
-    def __init__(self, count: int) -> None:
-        self.count, self.filled = count, 0
-        self._array: np.ndarray | None = None
-
-    def add(self, frame: np.ndarray) -> None:
-        """Append a frame, uint8 (height, width, 3)."""
-        if self._array is None:
-            self._array = np.empty((self.count, *frame.shape), np.uint8)
-        if frame.shape != self._array.shape[1:]:
-            raise RequestError("frames of one video differ in size.")
-        self._array[self.filled] = frame
-        self.filled += 1
-
-    def array(self) -> np.ndarray:
-        """Return all frames as uint8 (frames, height, width, 3)."""
-        if self._array is None:
-            raise RequestError("a video has no frames.")
-        return self._array[: self.filled]
+def decode_container(content: bytes, limits: Limits, deadline: Deadline) -> Decoded:
+    """Decode the chosen frames of a video file in this process."""
+    return _decoded("a video", _File, content, limits, deadline)
 
 
-def _frame_list(parts: list[bytes], limits: Limits, deadline: Deadline) -> Clip:
-    """Decode frames that were sent one by one."""
-    frames = _Frames(len(parts))
-    for part in parts:
-        frames.add(np.asarray(decode_image(part, limits, deadline, len(parts))))
-    return frames.array(), Sampling(tuple(range(len(parts))), len(parts), FRAME_LIST_RATE)
-
-
-def _animation(content: bytes, limits: Limits, deadline: Deadline) -> Clip:
-    """Decode the chosen frames of an animated GIF or WebP."""
+def _decoded(
+    what: str, kind: type[Clip], content: bytes, limits: Limits, deadline: Deadline
+) -> Decoded:
+    """Decode the frames that the policy of some limits chooses from a clip within them."""
     try:
-        image = Image.open(deadline.reader(content), formats=("GIF", "WEBP"))
-        check_size(image.width, image.height, limits)
-        total = count_frames(content, limits.max_decoded)
-        if total <= limits.max_decoded:  # else Pillow would count all of them, to the last
-            total = getattr(image, "n_frames", 1)
-        _check_video(total, image.width, image.height, limits, limits.max_animated_pixels)
-        shown = []
-        for place in range(total):  # a seek over many frames at once could not be interrupted
-            deadline.check()
-            shown.append(seconds_shown(image, place))
-        index = animation_index(shown, str(image.format).lower())
-        choice = _choose(index, limits)
-        frames = _Frames(len(choice.places))
-        for place in range(choice.places[-1] + 1):
-            deadline.check()
-            image.seek(place)
-            if place in choice.places:
-                frames.add(np.asarray(on_white(image)))
-        times = index.uneven_times(choice.places)
-        return frames.array(), Sampling(choice.places, total, index.fps, times, choice.rule)
+        with kind(content, limits, deadline) as clip:  # type: ignore[call-arg]  # of both kinds
+            video = load_clip(clip, what, _Bounded(limits), warn=_silent)
+        return _whole(video), video.sampling
     except RequestError:
         raise
     except MediaError as error:
-        raise RequestError(f"an animation: {error}") from None
+        raise RequestError(f"{what}: {error}") from None
+    except ImportError:
+        raise RequestError("this server has no video decoder (pip install av).", 501) from None
+    except (MemoryError, BlockingIOError):  # no memory for a buffer, or for a thread of the decoder
+        raise _too_much_memory(limits) from None
     except Image.DecompressionBombError:
         raise RequestError(f"a frame has more than {limits.max_pixels} pixels.", 413) from None
-    except Exception as error:  # Pillow raises many types for damaged files
-        raise RequestError(f"an animation cannot be read ({type(error).__name__}).") from None
+    except Exception as error:  # decoders raise undocumented types
+        raise RequestError(f"{what} cannot be decoded ({type(error).__name__}).") from None
 
 
-class _Container:
-    """A video file, opened by the demuxer that its first bytes name."""
+def _silent(text: str) -> None:
+    """Answers have no place for warnings."""
+
+
+def _stacked(
+    places: Sequence[int], arrays: Iterable[tuple[int, np.ndarray]]
+) -> dict[int, np.ndarray]:
+    """Parts of one array, ascending, so that no second copy of all frames exists.
+
+    `arrays` are frames, uint8 (height, width, 3), with their places; missing ones are left out.
+    """
+    rows = {place: row for row, place in enumerate(sorted(set(places)))}
+    found: dict[int, np.ndarray] = {}
+    for place, array in arrays:
+        if not found:
+            frames = np.empty((len(rows), *array.shape), np.uint8)
+        if array.shape != frames.shape[1:]:
+            raise RequestError("frames of one video differ in size.")
+        frames[rows[place]] = array
+        found[place] = frames[rows[place]]
+    return found
+
+
+def _whole(frames: Sequence[np.ndarray]) -> np.ndarray:
+    """The array of `_stacked`; `frames` are its parts, of which one repeats at a missing place."""
+    array = frames[0].base
+    assert array is not None and len(array) == len(frames)
+    for row, frame in enumerate(frames):
+        array[row] = frame  # a copy of itself, but at missing places
+    return array
+
+
+class _Animation(AnimationClip):
+    """An animated GIF or WebP within limits."""
 
     def __init__(self, content: bytes, limits: Limits, deadline: Deadline) -> None:
+        super().__init__(Path("animation"))
+        self.content, self.limits, self.deadline = content, limits, deadline
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Image.Image]:
+        image = Image.open(self.deadline.reader(self.content), formats=("GIF", "WEBP"))
+        check_size(image.width, image.height, self.limits)
+        yield image
+
+    def _total(self, image: Image.Image) -> int:
+        limits = self.limits
+        total = count_frames(self.content, limits.max_decoded)
+        if total <= limits.max_decoded:  # else Pillow would count all of them, to the last
+            total = super()._total(image)
+        _check_video(total, image.width, image.height, limits, limits.max_animated_pixels)
+        return total
+
+    def _seek(self, image: Image.Image, place: int) -> None:
+        self.deadline.check()  # a seek over many frames at once could not be interrupted
+        super()._seek(image, place)
+
+    def read(self, places: Sequence[int], size: int | None) -> dict[int, Any]:
+        return _stacked(places, ((k, np.asarray(p)) for k, p in self._pictures(places)))
+
+
+class _File(FileClip):
+    """A video file within limits, opened by the demuxer that its first bytes name."""
+
+    def __init__(self, content: bytes, limits: Limits, deadline: Deadline) -> None:
+        self.path, self._decoder, self.device = Path("video"), "pyav", ""
         self.content, self.limits, self.deadline = content, limits, deadline
         self.packets, self.pixels, self.count = 0, 0, 1
         self.format = "mov" if content[4:8] == b"ftyp" else CONTAINERS.get(content[:4])
@@ -224,26 +248,24 @@ class _Container:
             raise RequestError(
                 "unknown video container; send MP4, MOV, MKV, WebM, AVI, OGG or GIF."
             )
-
-    def frames(self) -> Clip:
-        """List the packets of the file, choose frames, and decode these."""
         # A frame may be larger than the header says. The decoder refuses it before it makes one. As
         # it counts rows as up to 63 pixels wider than they are, the exact limit is checked later.
-        options = {"max_pixels": str(2 * self.limits.max_pixels)}
-        with VideoFile(self._open, 1, self._watch, options, strict=True) as file:
-            index, most = file.index, self.limits.max_decoded_pixels
-            _check_video(index.total, file.width, file.height, self.limits, most)
-            choice = _choose(index, self.limits)
-            self.count = len(choice.places)
-            frames, taken = _Frames(self.count), []
-            for place, frame in file.frames(choice.places):
-                if place not in taken:
-                    frames.add(rgb(frame))
-                    taken.append(place)
-        array, times = frames.array(), index.uneven_times(sorted(taken))
-        if taken != sorted(taken):
-            array = array[np.argsort(taken)]
-        return array, Sampling(tuple(sorted(taken)), index.total, index.fps, times, choice.rule)
+        options = {"max_pixels": str(2 * limits.max_pixels)}
+        self.file = VideoFile(self._open, 1, self._watch, options, strict=True)
+
+    def _readable(self) -> Any:
+        return contextlib.nullcontext()  # `_decoded` has the errors of both kinds
+
+    @cached_property
+    def index(self) -> ClipIndex:
+        index, limits = self.file.index, self.limits
+        size = self.file.width, self.file.height
+        _check_video(index.total, *size, limits, limits.max_decoded_pixels)
+        return index
+
+    def read(self, places: Sequence[int], size: int | None) -> dict[int, Any]:
+        self.count = len(set(places))
+        return _stacked(places, self._arrays(places, size))
 
     def _open(self) -> Any:
         import av
@@ -270,7 +292,7 @@ class _Container:
 # -- the process that decodes a file ---------------------------------------------------------------
 
 
-def decode_apart(content: bytes, limits: Limits, deadline: Deadline) -> Clip:
+def decode_apart(content: bytes, limits: Limits, deadline: Deadline) -> Decoded:
     """Decode a video file as `decode_container` does, in a new process with limited memory."""
     order = {**dataclasses.asdict(limits), "allowed_path": None}
     order["decode_seconds"] = deadline.remaining()
@@ -306,7 +328,7 @@ def _process(deadline: Deadline) -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
-def _answer(stream: IO[bytes]) -> Clip | None:
+def _answer(stream: IO[bytes]) -> Decoded | None:
     """Return the clip that a process sends, or None if it ended before it had sent all of it."""
     line = stream.readline()
     if not line.endswith(b"\n"):

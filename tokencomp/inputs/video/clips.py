@@ -99,24 +99,29 @@ class FileClip(Clip):
             return self.file.index
 
     def read(self, places: Sequence[int], size: int | None) -> dict[int, Image.Image]:
-        found: dict[int, Image.Image] = {}
         if not places:
-            return found
+            return {}
         with self._readable():
             if self._decoder != "pyav":
                 decode = _decord_frames if self._decoder == "decord" else _torchcodec_frames
                 arrays = decode(self, places)
                 pairs = zip(places, arrays, strict=True)
                 return {place: _shrunk(Image.fromarray(a), size) for place, a in pairs}
-            wanted = 0, 0
-            for place, frame in self.file.frames(places):
-                if not found:  # frames of a file that changes its size have that of the first
-                    wanted = scaled_size(*shown_size(frame), size)
-                with part("resize"):
-                    found[place] = Image.fromarray(rgb(frame, wanted))
-        if not found:
-            raise MediaError(f"{self.path}: none of the chosen frames can be decoded. {MEND}")
-        return found
+            return {place: Image.fromarray(a) for place, a in self._arrays(places, size)}
+
+    def _arrays(self, places: Sequence[int], size: int | None) -> Iterator[tuple[int, np.ndarray]]:
+        """Decode the frames at `places`, uint8 (height, width, 3) each, with PyAV.
+
+        Frames of a file that changes its size have that of the first.
+        """
+        wanted = None
+        for place, frame in self.file.frames(places):
+            wanted = wanted or scaled_size(*shown_size(frame), size)
+            with part("resize"):
+                picture = rgb(frame, wanted)
+            yield place, picture
+        if wanted is None:
+            raise MediaError(f"none of the chosen frames can be decoded. {MEND}")
 
     @property
     def replaced(self) -> set[int]:
@@ -213,17 +218,30 @@ class AnimationClip(Clip):
     @cached_property
     def index(self) -> ClipIndex:
         with self._opened() as image:
-            total, codec = getattr(image, "n_frames", 1), str(image.format).lower()
-            return animation_index([seconds_shown(image, k) for k in range(total)], codec)
+            shown = []
+            for place in range(self._total(image)):
+                self._seek(image, place)
+                shown.append(seconds_shown(image, place))
+            return animation_index(shown, str(image.format).lower())
 
     def read(self, places: Sequence[int], size: int | None) -> dict[int, Image.Image]:
-        wanted, found = set(places), {}
+        found = {place: _shrunk(picture, size) for place, picture in self._pictures(places)}
+        return _of_one_size(found, self.path)
+
+    def _pictures(self, places: Sequence[int]) -> Iterator[tuple[int, Image.Image]]:
+        """RGB pictures of the frames at `places`."""
+        wanted = set(places)
         with self._opened() as image:
             for place in range(max(wanted, default=-1) + 1):
-                image.seek(place)
+                self._seek(image, place)
                 if place in wanted:
-                    found[place] = _shrunk(on_white(image), size)
-        return _of_one_size(found, self.path)
+                    yield place, on_white(image)
+
+    def _total(self, image: Image.Image) -> int:
+        return getattr(image, "n_frames", 1)
+
+    def _seek(self, image: Image.Image, place: int) -> None:
+        image.seek(place)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Image.Image]:
