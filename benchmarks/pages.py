@@ -36,6 +36,7 @@ from benchmarks.accuracy.studies import (
 from benchmarks.experiment import Files, write
 from benchmarks.files import accuracy as frames
 from benchmarks.files import clock, stream
+from benchmarks.frontier import page as frontier
 from benchmarks.gpu import recompute
 from benchmarks.kernels import calls, roofline, weights
 from benchmarks.long import choice as long_choice
@@ -91,6 +92,7 @@ PAGES: dict[str, Callable[[], Files]] = {
     "accuracy/newer": newer.files,
     "accuracy/order": order.files,
     "accuracy/tower": tower.files,
+    "frontier": frontier.files,
     "kernels/roofline": roofline.files,
     "mutants": lambda: {
         mutants.PAGE: mutants.page(read_mutants(), json.loads(mutants.RESULTS.read_text()))

@@ -14,14 +14,11 @@ from __future__ import annotations
 import json
 
 from benchmarks import publishing
+from benchmarks.experiment import write
 from benchmarks.frontier import answers, clock
 from benchmarks.frontier.grid import points
-from benchmarks.frontier.page import Measured, page
-from benchmarks.publishing import FOLDER
+from benchmarks.frontier.page import HERE, Measured, files
 from tokencomp.cli import one_message
-from tokencomp.storage import write_text
-
-HERE = FOLDER / "frontier"
 
 
 def main() -> None:
@@ -46,8 +43,7 @@ def main() -> None:
             asked = measured.tested()
         answers.answer(modality, asked, args, book)
     if args.part == "page":
-        text = page(json.loads(times.read_text()), answers.read(book))
-        write_text(args.output / "README.md", text)
+        write(files(args.output))
 
 
 if __name__ == "__main__":

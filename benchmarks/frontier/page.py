@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+from pathlib import Path
 from typing import Any
 
 from benchmarks import publishing
+from benchmarks.experiment import Files
+from benchmarks.frontier.answers import read
 from benchmarks.frontier.grid import FULL, Point, points
 from tokencomp.evaluation.metrics import retention
 
+HERE = publishing.FOLDER / "frontier"
 BAR = 0.97
 INTRO = f"""Speed: time to the first token (pixels to logits) of Qwen2-VL-2B's shapes with random
 weights, a quarter of the blocks of tower and decoder, one CPU thread (processor time), an image of
@@ -98,6 +103,16 @@ def section(measured: Measured) -> str:
     counts = ", ".join(f"{len(a[FULL.key])} {split}" for split, a in measured.answers.items())
     title = f"## {measured.modality.capitalize()}s ({counts} questions)"
     return "\n\n".join([title, publishing.table(head, rows), found])
+
+
+def stored(folder: Path = HERE) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Times and answers in a folder."""
+    return json.loads((folder / "clock.json").read_text()), read(folder / "answers.json")
+
+
+def files(folder: Path = HERE) -> Files:
+    """The page of the results in a folder."""
+    return {folder / "README.md": page(*stored(folder))}
 
 
 def page(clock: dict[str, Any], answers: dict[str, Any]) -> str:

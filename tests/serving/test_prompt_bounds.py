@@ -172,6 +172,8 @@ REFUSED: dict[str, Any] = {
     "usage": fields(stream_options={"continuous_usage_stats": True}),
     "top_k": fields(top_k=-2), "top_p": fields(top_p=0), "min_p": fields(min_p=2), "n": fields(n=0),
     "n of 17": fields(n=17), "n of x": fields(n="x"), "no token": fields(max_tokens=0),
+    "long answer": fields(max_tokens=10**9),
+    "long completion": fields(max_completion_tokens=10**9),
     "frequency": fields(frequency_penalty=2.5), "presence": fields(presence_penalty=-3),
     "temperature": fields(temperature=2.1), "stop": fields(stop=3),
     "stops": fields(stop=["a"] * 17),

@@ -59,6 +59,9 @@ the second option, merged tokens have no weights. The [decision
 record](../../docs/decisions/0001-default-reducer.md) says why the default merges on images up to
 0.9 only."""
 
+LATER = """Only short answers are asked here. [Long answers](../long/choice.md) have replaced
+`condiv` on videos by `kcenter` with merging on 2026-12-02."""
+
 OTHERS = """These models took no part in the choice: tiny-gemma3 takes no videos, the first layer
 of tiny-qwen3-5 has no attention to score with, and the other two are newer."""
 
@@ -128,9 +131,10 @@ def files(folder: Path = RESULTS) -> Files:
     merging = [one.text for one in groups[:2] if one]
     later = [one.text for one in groups[2:] if one]
     parts = [
-        "# Why is kcenter the default on images, and condiv on videos?",
+        "# Why is kcenter the default on images, and why was condiv on videos?",
         "`python -m benchmarks.accuracy.studies.choose`",
         f"Chosen: **{title(default)}**.",
+        LATER,
         *([f"Without results yet: {'; '.join(waiting)}."] if waiting else []),
         choice_table(rows, default, results),
         INTRO,
