@@ -208,12 +208,11 @@ def test_all_reducers_that_fit(folder, tmp_path, evaluated, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["serve", "--ratio", "video=0.5"], "takes one number for all modalities"),
+        (["serve", "--ratio", "0.5;0.75"], "serve takes one ratio, got 2"),
         (
             ["tune", "--data", "x.jsonl", "--tokens", "9", "--ratio", "video=0.5"],
             "takes one number for all",
         ),
-        (["serve", "--budget", "16", "--ratio", "0.5"], "--ratio: no effect with --budget"),
         (["demo", "-r", "condiv(power=2, power =3)"], "power is set twice"),
         (["serve", "-r", "uniform,random"], "serve takes one reducer, got 2"),
         (["demo", "-r", "prune+bipartite"], "must act at decoder entry"),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.families import FAMILIES
+from support.console import run
 
 import tokencomp
 from tokencomp import patching
@@ -17,6 +20,7 @@ from tokencomp.handle import handle_of
 from tokencomp.method import Method
 from tokencomp.reducers.registry import make_reducer
 from tokencomp.serving.spec import ServerOptions
+from tokencomp.serving.vllm.entry import configured_options
 from tokencomp.storage import check_identity
 
 
@@ -95,34 +99,83 @@ def test_one_setting_is_one_method_wherever_it_comes_from(given: dict[str, Any])
     )
 
 
-WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"ratio": 1.5}, r"ratio=1\.5"),
-    ({"ratio": "0.5"}, "ratio='0.5'"),
-    ({"ratio": {"film": 0.5}}, "'film' is no modality"),
-    ({"budget": 0}, "budget=0"),
-    ({"ratio": 0.5, "budget": 64}, "a budget says in tokens"),
-    ({"ratio": 0.5, "reducer": "kcentr"}, "unknown reducer 'kcentr'"),
-    ({"ratio": 0.5, "reducer": "random", "options": {"sead": 1}}, "has no option 'sead'"),
-    ({"ratio": 0.5, "reducer": "random", "options": {"seed": "x"}}, "seed='x'"),
-    ({"ratio": 0.5, "merge": "keep"}, "merge='keep'; allowed: True, False, 'auto'"),
-    ({"ratio": 0.5, "reducer": "pool", "merge": True}, "'pool' merges tokens by itself"),
-    ({"ratio": 0.5, "tower_ratio": 0.75}, r"tower_ratio=0\.75 leaves 0\.25"),
-    ({"ratio": 0.5, "tower_ratio": 0.25, "tower_reducer": "x"}, "unknown reducer 'x'"),
-]
+WRONG: dict[str, dict[str, Any]] = {
+    "above 1": {"ratio": 1.5}, "a text": {"ratio": "half"}, "modality": {"ratio": {"film": 0.5}},
+    "budget": {"budget": 0}, "two amounts": {"ratio": 0.5, "budget": 64},
+    "reducer": {"ratio": 0.5, "reducer": "kcentr"},
+    "option": {"ratio": 0.5, "reducer": "random", "options": {"sead": 1}},
+    "of another": {"ratio": 0.5, "reducer": "uniform", "options": {"seed": 1}},
+    "type": {"ratio": 0.5, "reducer": "random", "options": {"seed": "x"}},
+    "range": {"ratio": 0.5, "reducer": "condiv", "options": {"power": -1}},
+    "word": {"ratio": 0.5, "merge": "keep"},
+    "merges": {"ratio": 0.5, "reducer": "pool", "merge": True},
+    "tower": {"ratio": 0.5, "tower_ratio": 0.75}, "tower text": {"tower_ratio": "most"},
+    "tower reducer": {"ratio": 0.5, "tower_ratio": 0.25, "tower_reducer": "x"},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("given", "message"), WRONG)
-def test_a_wrong_setting_has_one_message_everywhere(given: dict[str, Any], message: str) -> None:
-    server, patch = ServerOptions.parse({"ratio": 0.25}, "hf"), dict(given)
-    patch |= patch.pop("options", {})
-    handle = tokencomp.patch(FAMILIES["qwen2_vl"].build(), 0.25)
-    for refuses in (
-        lambda: tokencomp.patch(FAMILIES["qwen2_vl"].build(), **patch),
-        lambda: handle.set(**patch),
-        lambda: ServerOptions.parse(given, "hf"),
+def words(given: dict[str, Any]) -> list[str]:
+    """A setting on the command line."""
+    parts = {name: value for name, value in given.items() if name != "options"}
+    if options := ",".join(f"{name}={value}" for name, value in given.get("options", {}).items()):
+        parts["reducer"] += f"({options})"
+    texts = {True: "on"}
+    for name, value in parts.items():
+        if isinstance(value, dict):
+            parts[name] = ",".join(f"{modality}={ratio}" for modality, ratio in value.items())
+    return [
+        word for name, value in parts.items()
+        for word in (f"--{name.replace('_', '-')}", texts.get(value, str(value)))
+    ]  # fmt: skip
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    """The message of the error that a call must raise."""
+    with pytest.raises(tokencomp.TokenCompError) as error:
+        call()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_setting_has_one_message_everywhere(
+    name: str, loaded: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In Python, JSON, requests, `hf_overrides`, evaluations, and on the command line."""
+    given = WRONG[name]
+    message, server = refusal(lambda: Method(**given)), ServerOptions.parse({"ratio": 0.25}, "hf")
+    patch = {**given, **given.get("options", {})}
+    patch.pop("options", None)
+    config = SimpleNamespace(hf_config=SimpleNamespace(tokencomp=given))  # as vLLM overrides it
+    calls: list[Callable[[], Any]] = [
+        lambda: tokencomp.patch(loaded[0], **patch),
+        lambda: ServerOptions.parse(json.dumps(given), "hf"),
+        lambda: ServerOptions.parse(configured_options(config), "vllm"),
         lambda: server.resolve(given, "hf"),
         lambda: server.resolve(json.dumps(given), "vllm"),
         lambda: Setting(**{"reducer": "auto", **given}),
+    ]
+    with tokencomp.patch(loaded[0], 0.25) as handle:
+        assert message in refusal(lambda: handle.set(**patch))
+    for call in calls:
+        assert message in refusal(call)
+    for command in ("serve", "inspect"):
+        assert run(command, *words(given)) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "stage", [{"fraction": 0.5, "reducer": "uniform"}, {"layer": 0, "fraction": 2}, {"layr": 0}]
+)
+def test_a_wrong_plan_has_one_message_everywhere(
+    stage: dict[str, Any], loaded: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal(lambda: tokencomp.plan_from_json([stage]))
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps([stage]))
+    for call in (
+        lambda: tokencomp.patch(loaded[0], plan=[stage]),
+        lambda: Setting("plan", options={"plan": [stage]}),
     ):
-        with pytest.raises(tokencomp.TokenCompError, match=message):
-            refuses()
+        assert message in refusal(call)
+    assert run("inspect", "--plan", file) == 2
+    assert message in capsys.readouterr().err

@@ -10,7 +10,7 @@ import typer
 
 from tokencomp.cli import _options as opt
 from tokencomp.cli import _parse as parse
-from tokencomp.plan.options import OPTIONS
+from tokencomp.plan.options import OPTIONS, one_amount
 
 Settings = Callable[[Any], list[Any]]
 ALL = "all"
@@ -30,8 +30,9 @@ def settings(context: typer.Context, chosen: opt.MethodOptions) -> Settings:
             opt.refuse_options(context, ("tower_reducer",), "--tower-ratio 0", fix)
         every = chosen.stages
         if chosen.budget is not None:
-            opt.refuse_options(context, ("ratio",), "--budget", "leave one out")
             every["budgets"] = parse.budgets(chosen.budget)
+            if opt.given(context, ("ratio",)):
+                one_amount(parse.ratios(chosen.ratio)[0], every["budgets"][0])
         ratios = parse.ratios(chosen.ratio) if chosen.budget is None else []
         methods = parse.methods(chosen.reducer)
         if (ALL, {}) in methods:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -187,22 +187,19 @@ def stage_flags() -> dict[str, Any]:
     flags = {}
     for name, known in OPTIONS.items():
         kind = type_of(name)
-        words = {"on": True, "off": False} if kind is bool or bool in get_args(kind) else {}
-        words |= {word: word for word in choices(kind)}
-        parser = functools.partial(_word, words) if words else None
+        words = ["on", "off"] if kind is bool or bool in get_args(kind) else []
+        words += choices(kind)
         given = typer.Option(
             f"--{name.replace('_', '-')}",
-            help=known.help, parser=parser, metavar="|".join(words) or None,
+            help=known.help, parser=_value if words else None, metavar="|".join(words) or None,
         )  # fmt: skip
         flags[name] = Annotated[str if words else kind, given]
     return flags
 
 
-def _word(words: Mapping[str, Any], text: str) -> Any:
-    """The value of a word on the command line."""
-    if text not in words:
-        raise typer.BadParameter(f"{text!r}; allowed: {', '.join(words)}.")
-    return words[text]
+def _value(text: str) -> Any:
+    """The value of a word on the command line; `StageOptions.check_options` refuses other words."""
+    return {"on": True, "off": False, "True": True, "False": False}.get(text, text)
 
 
 def flat(command: Any = None, /, **defaults: Any) -> Any:
@@ -244,10 +241,14 @@ def flat(command: Any = None, /, **defaults: Any) -> Any:
     return call
 
 
-def refuse_options(context: typer.Context, options: Sequence[str], where: str, fix: str) -> None:
-    """Raise `OptionError` for given parameters that have no effect with `where`."""
+def given(context: typer.Context, options: Sequence[str]) -> list[str]:
+    """Flags of the parameters among `options` that the command line names."""
     flags = {str(p.name): p.opts[0] for p in context.command.params}
     sources = {name: getattr(context.get_parameter_source(name), "name", "") for name in options}
-    useless = [flags[name] for name in options if sources[name] == "COMMANDLINE"]
-    if useless:
+    return [flags[name] for name in options if sources[name] == "COMMANDLINE"]
+
+
+def refuse_options(context: typer.Context, options: Sequence[str], where: str, fix: str) -> None:
+    """Raise `OptionError` for given parameters that have no effect with `where`."""
+    if useless := given(context, options):
         raise OptionError(f"{', '.join(useless)}: no effect with {where}; {fix}.")

@@ -115,9 +115,9 @@ def numbers(chosen: Sequence[float | dict[str, float]], command: str) -> list[fl
     return [ratio for ratio in chosen if isinstance(ratio, float)]
 
 
-def one_ratio(text: str, command: str) -> float:
+def one_ratio(text: str, command: str) -> float | dict[str, float]:
     """The ratio of a command that takes one; raise `OptionError` for several."""
-    values = numbers(ratios(text), command)
+    values = ratios(text)
     if len(values) != 1:
         raise OptionError(f"--ratio {text!r}: {command} takes one ratio, got {len(values)}.")
     return values[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -23,7 +23,10 @@ def command(
     source: opt.Source,
     ratio: Annotated[
         str | None,
-        typer.Option("--ratio", help="Default ratio in [0, 1): 0.5, of delta and pixelprune 0."),
+        typer.Option(
+            "--ratio",
+            help="Default ratio in [0, 1): 0.5, of delta and pixelprune 0; or one per modality.",
+        ),
     ] = None,
     budget: Annotated[
         int | None,
@@ -137,12 +140,11 @@ def command(
     from tokencomp.errors import OptionError
     from tokencomp.inputs.packaged import resolve
     from tokencomp.inputs.video.frames import Even, Stream, frame_policy
-    from tokencomp.plan.options import OPTIONS
+    from tokencomp.plan.options import OPTIONS, one_amount
     from tokencomp.serving.bind import Bind
 
-    if budget is not None:
-        opt.refuse_options(context, ("ratio",), "--budget", "leave one out")
     name, own = parse.one_method(reducer, "serve")
+    size = one_amount(None if ratio is None else parse.one_ratio(ratio, "serve"), budget)
     if engine == "mlx":  # which needs no torch, and the imports below do
         from tokencomp.mlx.method import MlxMethod
         from tokencomp.mlx.serve import run
@@ -155,20 +157,17 @@ def command(
         if api_key:
             os.environ["MLX_VLM_SERVER_API_KEY"] = api_key
         Bind(host, port, api_key).warn_if_open()
-        size: dict[str, Any] = (
-            {"ratio": parse.one_ratio(ratio or "0.5", "serve")} if budget is None else {}
-        )
-        chosen = MlxMethod(name, options=own, budget=budget, **method.given_options, **size)
+        size = size or {"ratio": 0.5}
+        chosen = MlxMethod(name, options=own, **method.given_options, **size)
         run(resolve(source.model), chosen, host, port, context.args)
         return
     from tokencomp.method import usual_ratio
     from tokencomp.serving.launch import run_hf, run_vllm
     from tokencomp.serving.limits import Limits
 
-    amount = usual_ratio(name) if ratio is None else parse.one_ratio(ratio, "serve")
     options = {
         "reducer": name,
-        **({"ratio": amount} if budget is None else {"budget": budget}),
+        **(size or {"ratio": usual_ratio(name)}),
         "options": own,
         **method.stages,
         "per_request": per_request,
