@@ -162,6 +162,7 @@ REFUSED: dict[str, Any] = {
     "two settings": user("a", tokencomp=HALF, mm_processor_kwargs={"tokencomp": OTHER}),
     "a schema": user("a", response_format=schema(70_000)),
     "tools": user("a", tools=tools(70_000)),
+    "choices": user("a", structured_outputs={"choice": ["x" * 70_000]}),
     "values": (b"[" * 1_000_001, 413), "pairs": (b'{"a":[' + b"{}," * 500_000 + b"{}]}", 413),
     "frames": (user("a", media_io_kwargs={"video": {"frames": 64}}), 413),
     "items": (user(*[SMALL] * 33), 413),

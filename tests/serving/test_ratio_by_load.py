@@ -1,4 +1,4 @@
-"""The ratio of requests that name none, by the number of requests that wait for an answer."""
+"""The ratio of requests that name none, by the visual tokens of unanswered requests."""
 
 from __future__ import annotations
 

@@ -276,7 +276,7 @@ def log_start(engine: Engine, name: str, bind: Bind) -> None:
         default.describe().get("reducer"), default.shown_ratio,
         default.options_in_force["merge"],
         f"up to {options.max_ratio:g}" if options.per_request else "fixed",
-        ", ".join(f"{ratio:g} from {n} requests" for ratio, n in options.ratio_by_load) or "off",
+        ", ".join(f"{r:g} from {n} visual tokens" for r, n in options.ratio_by_load) or "off",
     )  # fmt: skip
     named = bind.loopback or bind.allowed_hosts
     logger.info(
