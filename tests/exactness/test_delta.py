@@ -77,6 +77,16 @@ def test_exactly_the_cells_that_changed_are_kept(family: Family) -> None:
     assert left == [len(kept_of(row)) for row in rows]
 
 
+def test_samples_with_pictures_and_clips_do_not_see_each_other(family: Family) -> None:
+    """The tower takes all pictures of a batch, then all clips; here those of both are equal."""
+    a, _, v = of_family(family)
+    rows = [[text(3), a.first, text(2), v.first, text(n)] for n in (4, 6)]
+    model = family.build()
+    with tokencomp.patch(model, reducer="delta", threshold=THRESHOLD) as handle, torch.no_grad():
+        model(**family.batch(rows))
+        assert [cells_of(handle.stats, b) for b in (0, 1)] == [kept_of(row) for row in rows]
+
+
 def reads_of(rows: list[list[Any]]) -> list[Tensor]:
     """Per call of the tower (pictures, then videos), which patches it sees of every picture."""
     media = [part for row in rows for part in row if isinstance(part, Shown)]
@@ -160,6 +170,23 @@ def test_turns_on_a_cache_equal_one_prompt(family: Family) -> None:
             cache = oracle.cache_of(out)
             assert cells_of(handle.stats, 0) == kept_of(rows[i])
     assert oracle.difference(out.logits[:, -1], expected) < 1e-5
+
+
+@pytest.mark.parametrize("clip_first", [False, True])
+def test_pictures_are_not_compared_with_clips_of_earlier_turns(clip_first: bool) -> None:
+    """A clip of two steps that are both the picture, of one size: the second step is dropped."""
+    family = FAMILIES["qwen2_vl"]
+    model, picture, clip = family.build(), family.image(1), family.video(4)
+    clip.inputs["pixel_values_videos"] = picture.inputs["pixel_values"].repeat(2, 1)
+    media = [clip, picture] if clip_first else [picture, clip]
+    rows = [[text(3), media[0], text(5, 3)], [text(2), media[1], text(4)]]
+    both = family.batch([[part for row in rows for part in row]])
+    positions = family.positions(model, both)
+    with tokencomp.patch(model, plan=Plan((), DELTA)) as handle, torch.no_grad():
+        cache = oracle.cache_of(_turn(model, family, rows[:1], positions))
+        assert cells_of(handle.stats, 0) == [*range(8)]
+        _turn(model, family, rows, positions, cache)
+        assert cells_of(handle.stats, 0) == [*range(8)]
 
 
 @pytest.mark.parametrize("name", ["llava", "smolvlm"])

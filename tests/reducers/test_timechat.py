@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +22,10 @@ from tokencomp.engine.frames import frames_before
 from tokencomp.engine.memory import Memory
 from tokencomp.engine.rowmap import RowMap
 from tokencomp.errors import PlanError
-from tokencomp.reducers import _clusters, _segments
+from tokencomp.reducers import ScoreReducer, _clusters, _segments
 from tokencomp.reducers._clusters import density_peaks
 from tokencomp.reducers._segments import segments, static_segments
+from tokencomp.tokens.signals import FRAMES
 from tokencomp.tokens.tokens import Grid, VisualSpan
 
 
@@ -125,6 +127,31 @@ def test_a_still_scene_keeps_what_changed() -> None:
         model(**family.batch([[text(3), image, text(2), changed, text(2)]]))
         kept = handle.stats.kept(0)[-1][1]
     assert kept == [2, 3]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spy(ScoreReducer):
+    """Notes which spans have a frame before them."""
+
+    name = "spy"
+    needs = frozenset({FRAMES})
+    seen: list[bool] = dataclasses.field(default_factory=list)
+
+    def scores(self, tokens: Tokens) -> Tensor:
+        assert tokens.frames is not None
+        self.seen.extend(frame is not None for frame in tokens.frames)
+        return tokens.features[:, 0]
+
+
+@pytest.mark.parametrize("tower_ratio", [0.0, 0.3])
+def test_frames_that_lost_patches_in_the_tower_are_not_compared(tower_ratio: float) -> None:
+    """Their rows are not those of the places of a frame."""
+    family, spy = FAMILIES["qwen2_vl"], Spy()
+    model, image = family.build(), family.image(1)
+    inputs = family.batch([[text(3), image, text(2), image, text(2)]])
+    with tokencomp.patch(model, 0.5, reducer=spy, tower_ratio=tower_ratio), torch.no_grad():
+        model(**inputs)
+    assert spy.seen == [False, tower_ratio == 0]
 
 
 def test_it_acts_at_entry_alone() -> None:
