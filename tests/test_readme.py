@@ -137,6 +137,26 @@ def test_the_recommended_settings_are_the_fastest_above_the_bar() -> None:
     assert [float(x) for x in said.groups()] == wanted
 
 
+def test_counts_of_comparisons_are_those_of_the_page() -> None:
+    """Better, equal, worse and significantly worse than the baselines, of all comparisons."""
+    counts = [int(x) for x in pages_row("benchmarks/accuracy/baselines.md", "| all |")[1:]]
+    every, better, _, equal, worse, significant, learned = counts
+    text = " ".join((ROOT / "docs/evaluation.md").read_text(encoding="utf-8").split())
+    said = re.search(
+        r"better in (\d+) of \[(\d+) comparisons\]\S+ equal in (\d+) and worse in (\d+) "
+        r"\((\d+) significantly, (\d+) on",
+        text,
+    )
+    assert said
+    assert [int(x) for x in said.groups()] == [better, every, equal, worse, significant, learned]
+    trust = (ROOT / "docs/trust.md").read_text(encoding="utf-8")
+    said = re.search(
+        r"\[(\d+) comparisons\]\S+ worse in (\d+), significantly in (\d+), in no", trust
+    )
+    assert said and learned == 0
+    assert [int(x) for x in said.groups()] == [every, worse, significant]
+
+
 def test_dated_figures_of_the_text_are_those_of_their_pages() -> None:
     text = " ".join(README.split())
     unseen = {
