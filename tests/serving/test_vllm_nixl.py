@@ -69,8 +69,7 @@ def test_prefill_and_decode_over_nixl(tiny_folder: Any, tmp_path: Path) -> None:
         with role(folder, tmp_path, "prefill") as prefill:
             for number in range(20):  # cold, and warm where a body comes again
                 body = question(number % 15)
-                handed = prefilled(prefill, body)
-                status, got = post(decode, {**body, "kv_transfer_params": handed})
+                status, got = handed_on(prefill, decode, body, tries=1 + (number == 0))
                 assert status == 200, got
                 assert same(post(prefill, body)[1], got), number
             assert encoded(prefill) and not encoded(decode)
@@ -86,11 +85,22 @@ def test_prefill_and_decode_over_nixl(tiny_folder: Any, tmp_path: Path) -> None:
         assert status == 200
         with role(folder, tmp_path, "prefill") as prefill:
             for number in (33, 34):
-                handed = prefilled(prefill, question(number))
-                status, got = post(decode, {**question(number), "kv_transfer_params": handed})
+                status, got = handed_on(prefill, decode, question(number), 1 + (number == 33))
                 assert status == 200 and same(post(prefill, question(number))[1], got)
                 assert number == 34 or same(alone, got)
             check_death_of_the_decode(folder, tmp_path, prefill, decode)
+
+
+def handed_on(
+    prefill: Served, decode: Served, body: dict[str, Any], tries: int
+) -> tuple[int, dict[str, Any]]:
+    """An answer over both; on a busy machine the first contact can exceed vLLM's five seconds."""
+    for _ in range(tries):
+        handed = prefilled(prefill, body)
+        status, answer = post(decode, {**body, "kv_transfer_params": handed})
+        if status == 200:
+            break
+    return status, answer
 
 
 def check_death_of_the_decode(folder: Path, root: Path, prefill: Served, decode: Served) -> None:
