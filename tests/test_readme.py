@@ -169,6 +169,14 @@ def test_dated_figures_of_the_text_are_those_of_their_pages() -> None:
     wanted = [float(unseen[ratio]["kept_images"]) for ratio in ("0.75", "0.9")]
     assert [float(said[1]), float(said[2])] == pytest.approx([100 * v for v in wanted], abs=0.051)
 
+    said = re.search(
+        r"made, ([\d.]+) and ([\d.]+) % are right at 0.5 and 0.9 .*? has ([\d.]+) %", text
+    )
+    page = (ROOT / "benchmarks/nlvr/README.md").read_text(encoding="utf-8")
+    full = re.search(r"full model answers\s([\d.]+) % right", page)
+    cells = pages_row("benchmarks/nlvr/README.md", "| auto")[1:]
+    assert said and full and [*said.groups()] == [*(c.split()[0] for c in cells), full[1]]
+
 
 def test_the_table_of_results_is_that_of_the_page() -> None:
     """Accuracy kept by the tiny Qwen3-VL, with the intervals, in docs/evaluation.md."""

@@ -307,3 +307,21 @@ def test_what_needs_one_pass_says_so(name: str, why: str) -> None:
             out = oracle.generate(model, inputs, prefill_chunk_size=CHUNK, **options)
         assert handle.stats.prefill_chunk is None
     assert oracle.close(out, whole, 1e-30)
+
+
+def test_the_cache_of_stats_is_the_cache_of_the_call() -> None:
+    """Bytes with and without a patch are those of the tensors; without a cache none are named."""
+    family = FAMILIES["qwen2_vl"]
+    model, inputs = family.build("sdpa"), single(family)
+
+    def stored() -> int:
+        layers = model(**inputs, use_cache=True).past_key_values.layers
+        return sum(t.numel() * t.element_size() for x in layers for t in (x.keys, x.values))
+
+    full = stored()
+    with tokencomp.patch(model, ratio=0.5, reducer="kcenter") as handle:
+        counted = f"cache {100 * stored() / full:.0f} %"
+        stats = handle.stats
+        assert counted in str(stats) and stats.kv_bytes_before == full
+        model(**inputs, use_cache=False)
+        assert "cache" not in str(handle.stats)
