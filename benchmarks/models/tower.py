@@ -40,7 +40,7 @@ from benchmarks import publishing
 from benchmarks.experiment import Experiment
 from benchmarks.models.prefill import peak_of
 from benchmarks.models.tower_alone import tower_rows
-from benchmarks.models.tower_page import CASES, RATIO, TOWER_RATIO, page, rows_of
+from benchmarks.models.tower_page import CASES, RATIO, SHARES, page, rows_of
 from benchmarks.models.tower_parts import (
     UNIT,
     Marks,
@@ -54,14 +54,13 @@ from benchmarks.models.tower_parts import (
 
 HEADLINE = {"cases": ["qwen-image", "qwen-video"], "rounds": 2, "threads": 2, "minutes": 7.5}
 TOWERS = {"cases": ["qwen-tower", "siglip-tower"], "rounds": 1, "minutes": 7.5}
-VARIANTS = ("full", "decoder", "dropped", "both")
+VARIANTS = ("full", "decoder", "recommended", "both")
 
 
 class ModelCase:
     """A whole model and its prompt: full, the decoder alone compressed, and both compressed.
 
-    "decoder" is the default, which merges tokens of images. "dropped" drops them, and is left out
-    for videos, where the default drops.
+    The tower drops the share that the frontier recommends for images, or more.
     """
 
     def __init__(self, name: str, model: Any, args: argparse.Namespace) -> None:
@@ -75,11 +74,11 @@ class ModelCase:
         self.variants: dict[str, dict[str, Any]] = {
             "full": {},
             "decoder": {"ratio": RATIO},
-            "dropped": {"ratio": RATIO, "merge": False},
-            "both": {"ratio": RATIO, "tower_ratio": TOWER_RATIO, "tower_reducer": timed},
+            **{
+                key: {"ratio": RATIO, "tower_ratio": share, "tower_reducer": timed}
+                for key, share in SHARES.items()
+            },
         }
-        if name == "qwen-video":
-            del self.variants["dropped"]
         self.rows: dict[str, list[dict[str, float]]] = {}
 
     def round(self, number: int, variants: Sequence[str]) -> None:
@@ -138,7 +137,7 @@ def model_cases(names: Sequence[str], args: argparse.Namespace) -> Iterator[dict
     """Records of whole models after every round, while the time allows another one."""
     started = time.perf_counter()
     model = build("qwen2-vl-2b", args)
-    variants = ("full", "both") if args.headline else VARIANTS
+    variants = ("full", *SHARES) if args.headline else VARIANTS
     cases = [ModelCase(name, model, args) for name in names]
     warm = argparse.Namespace(**{**vars(args), "side": 2 * UNIT})
     ModelCase("qwen-video", model, warm).run("both")
