@@ -33,7 +33,7 @@ def server(request: pytest.FixtureRequest) -> Any:
 
 
 def test_only_probes_and_preflights_are_answered_without_the_key(server: Any) -> None:
-    """The answer comes before the body, which never arrives here, and for any path."""
+    """Use without the key, also by other spellings of a path: refused before the body arrives."""
     app = server(api_key="sécret")
     for path in ("/health", "/ping", "/metrics"):
         assert ask(app, b"", path, "GET").status in (200, REACHED)
@@ -55,6 +55,7 @@ def test_only_probes_and_preflights_are_answered_without_the_key(server: Any) ->
 
 
 def test_types_that_any_page_may_send_are_refused(server: Any) -> None:
+    """Cross-site request forgery: browsers let any page send these types to any server."""
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
         assert ask(server(), None, headers=[("content-type", kind)]).status == 415
     for kind in ("application/json", "Application/JSON; charset=utf-8"):
@@ -76,6 +77,7 @@ HOSTS = [
 def test_a_page_cannot_give_its_own_name_to_the_server(
     server: Any, bind: Any, good: list[str], bad: list[str]
 ) -> None:
+    """DNS rebinding: a page's own name leads to this server, in the browser of a visitor."""
     app = server(**bind)
     for names in [[name] for name in good] + [[good[0], name] for name in bad] + [[b] for b in bad]:
         answer = ask(app, user("a"), headers=[("host", name) for name in names])
@@ -83,7 +85,7 @@ def test_a_page_cannot_give_its_own_name_to_the_server(
 
 
 def test_a_body_with_two_lengths_is_refused(server: Any) -> None:
-    """A proxy that believes the other header takes the rest for another client's request."""
+    """Request smuggling: a proxy that believes the other header sees two requests in one."""
     both = [("content-length", "4"), ("transfer-encoding", "chunked")]
     for path in (CHAT, "/health"):
         assert ask(server(), None, path, headers=both).status == 400
@@ -93,6 +95,7 @@ def test_a_body_with_two_lengths_is_refused(server: Any) -> None:
 
 
 def test_bodies_have_limits_of_size_time_and_sum(server: Any) -> None:
+    """Slow POST, and bodies that fill the memory: one large, without an end, or many at a time."""
     body = json.dumps(user("a")).encode()
     n, chunked = len(body), [("transfer-encoding", "chunked")]
     assert ask(server(Limits(max_body=n, max_bodies=n)), body).status == REACHED
@@ -171,7 +174,10 @@ REFUSED: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_no_server_takes(server: Any, name: str) -> None:
-    """The error says why in a few words, although it may quote the request."""
+    """Malformed bodies, bombs of JSON, schemas and frames, and media under the names of others.
+
+    The error says why in a few words, although it may quote the request.
+    """
     row = REFUSED[name]
     body, status = row if isinstance(row, tuple) else (row, 400)
     answer = ask(server(), body)
@@ -211,7 +217,7 @@ def test_what_both_servers_take(server: Any, name: str) -> None:
 
 @pytest.mark.parametrize("depth", [10, 950, 980, 985, 988, 989, 990, 991, 992, 995, 1000, 5000])
 def test_deep_bodies_are_answered(server: Any, depth: int) -> None:
-    """Python reads JSON a little deeper than it writes it."""
+    """Stack exhaustion by nested JSON, which Python reads a little deeper than it writes it."""
     nested = "[" * depth + "]" * depth
     for fields in (f'"x": {nested}', f'"x": {nested}, "tokencomp": {{"ratio": 0.5}}'):
         assert ask(server(), raw(fields)).status in (400, REACHED)
@@ -255,12 +261,14 @@ MEDIA: dict[str, tuple[list[str], int]] = {
 
 @pytest.mark.parametrize("name", MEDIA)
 def test_pixels_are_counted_before_they_are_decoded(server: Any, name: str) -> None:
+    """Decompression bombs: a picture of a few kilobytes may have gigapixels."""
     urls, status = MEDIA[name]
     answer = ask(server(LIMITS), user(*map(part, urls), TEXT))
     assert answer.status == status, answer.content
 
 
 def test_nothing_is_fetched(server: Any) -> None:
+    """Server-side request forgery: a URL names a host that only this server can reach."""
     with http.unreached_urls() as urls:
         for url in [*urls, "HTTPS://invalid./", "ftp://127.0.0.1/x", f" {urls[0]}", "nonsense"]:
             for kind in ("image_url", "video_url"):
@@ -268,6 +276,7 @@ def test_nothing_is_fetched(server: Any) -> None:
 
 
 def test_file_urls_must_name_files_below_the_path(server: Any, tmp_path: Path) -> None:
+    """Path traversal by dots and links, and files without an end."""
     inside = tmp_path / "media"
     inside.mkdir()
     http.image(inside / "a file.png")
@@ -316,5 +325,5 @@ def test_a_text_does_not_wait_for_the_media_of_others(
 
 
 def test_an_animation_that_costs_gigabytes_is_refused_undecoded() -> None:
-    """45 kB, 27 gigapixels. On vLLM `frames` refuses it, see test_vllm_frames."""
+    """Decompression bomb: 45 kB, 27 gigapixels. For vLLM see test_vllm_frames."""
     assert ask(doors.hf(), user(part(canvas(3000, 3000)))).status == 413

@@ -62,7 +62,7 @@ def test_every_failure_has_an_openai_body(path: str, method: str, room: Any, sta
 
 
 def test_requests_are_logged_and_counted(caplog: pytest.LogCaptureFixture) -> None:
-    """With the reason of a refusal, and little of what clients wrote."""
+    """Log injection and flooding: a line has little of what clients wrote, and no line breaks."""
     engine = doors.engine()
     app = build_app(engine, "tiny", Limits(), Bind("", api_key="secret"))
     long = {"messages": [{"role": "user\n" * 10**4}]}
@@ -71,17 +71,19 @@ def test_requests_are_logged_and_counted(caplog: pytest.LogCaptureFixture) -> No
         assert not caplog.records
         own = ask(app, path="/v1/models", method="GET", headers=[KEY, ("x-request-id", "job-7")])
         other = ask(app, long, headers=[KEY, ("x-request-id", "two\twords")])
+        ask(app, path="/v1/models/" + "x\n" * 10**4, method="GET", headers=[KEY])
         ask(app, path="/v1/models", method="X" * 60_000)
     assert own.headers["x-request-id"] == "job-7"
-    first, second, third = (record.getMessage() for record in caplog.records)
+    first, second, named, third = (record.getMessage() for record in caplog.records)
     assert "GET /v1/models 200" in first and first.endswith("id=job-7")
     assert f"POST {CHAT} 400" in second and "reason=" in second
     assert other.headers["x-request-id"] in second and "words" not in second
     assert " 401 " in third and "reason=" in third
-    assert all(len(line) < 500 and "\n" not in line for line in (first, second, third))
+    lines = (first, second, named, third)
+    assert all(len(line) < 500 and "\n" not in line for line in lines)
     counted = engine.metrics.requests.collect()[0].samples
     counts = {s.labels["status"]: s.value for s in counted if s.name.endswith("_total")}
-    assert counts == {"200": 1, "400": 1, "401": 1}
+    assert counts == {"200": 1, "400": 1, "401": 1, "404": 1}
 
 
 # -- sockets --------------------------------------------------------------------------------------
@@ -150,7 +152,7 @@ PROTOCOLS = pytest.mark.parametrize(
 def test_a_body_of_many_small_chunks_is_refused(
     protocol: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A chunk of one byte costs as much as one of a megabyte: 6 seconds per megabyte."""
+    """Chunk flood: one byte costs as much as a megabyte would, 6 seconds per megabyte."""
     errors: list[Any] = []
     log = logging.getLogger("uvicorn.error")
     monkeypatch.setattr(log, "error", lambda *words, **options: errors.append(words))
@@ -169,7 +171,7 @@ def test_a_body_of_many_small_chunks_is_refused(
 
 
 def test_a_body_with_two_lengths_ends_the_connection() -> None:
-    """A proxy that believes the other header takes the rest for another client's request."""
+    """Request smuggling: the rest must not be answered as another client's request."""
     hidden = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with running() as address:
         for length in (4, len(hidden) + 5):
@@ -180,7 +182,7 @@ def test_a_body_with_two_lengths_ends_the_connection() -> None:
 
 @PROTOCOLS
 def test_slow_clients_are_disconnected(protocol: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But not one whose request waited behind another."""
+    """Slowloris: heads and bodies without an end. A request that waits for another one stays."""
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
     app = build_app(doors.engine(), "tiny", Limits(body_seconds=0.5))
 
@@ -201,6 +203,7 @@ def test_slow_clients_are_disconnected(protocol: Any, monkeypatch: pytest.Monkey
 
 @PROTOCOLS
 def test_connections_are_bounded(protocol: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connection flood: each connection takes a file descriptor of the process."""
     monkeypatch.setattr(protocol, "most", 4)
     with running(protocol=protocol) as address:
         with contextlib.ExitStack() as stack:
@@ -215,7 +218,7 @@ def test_connections_are_bounded(protocol: Any, monkeypatch: pytest.MonkeyPatch)
 
 @PROTOCOLS
 def test_half_heads_close_each_other_and_no_request(protocol: Any) -> None:
-    """600 connections without a key; a request that runs, and later ones, are answered."""
+    """Slowloris by 600 connections without a key: running and later requests are answered."""
     slow, begun = threading.Event(), threading.Event()
     usual = build_app(doors.engine(), "tiny", Limits(), Bind(api_key="secret"))
 
@@ -229,7 +232,8 @@ def test_half_heads_close_each_other_and_no_request(protocol: Any) -> None:
         open_to = functools.partial(socket.create_connection, address, timeout=15)
         first = stack.enter_context(open_to())
         line = GET.replace(b"health", b"version")
-        first.sendall(line + b"Authorization: Bearer secret\r\n\r\n")
+        # The second of two that arrive together begins when the first has ended.
+        first.sendall(GET + b"\r\n" + line + b"Authorization: Bearer secret\r\n\r\n")
         assert begun.wait(10)
         half = [stack.enter_context(open_to()) for _ in range(600)]
         for connection in half:
@@ -242,13 +246,17 @@ def test_half_heads_close_each_other_and_no_request(protocol: Any) -> None:
         half[-1].sendall(b"Authorization: Bearer secret\r\nContent-Length: 2\r\n\r\n{}")
         assert half[-1].recv(13) == b"HTTP/1.1 400 "
         slow.set()
-        assert first.recv(13) == b"HTTP/1.1 200 "
+        got = b""
+        while got.count(b"HTTP/1.1 200 ") < 2 and (piece := first.recv(4096)):
+            got += piece
+        assert got.count(b"HTTP/1.1 200 ") == 2
     end = time.monotonic() + 10
     while protocol.waiting:
         assert time.monotonic() < end
 
 
 def test_a_half_body_does_not_delay_the_shutdown() -> None:
+    """A client that never ends its body, while a supervisor waits for the end of the server."""
     with running(shutdown_timeout=1) as address:
         connection = socket.create_connection(address, timeout=15)
         connection.sendall(HEAD + b"Content-Length: 9\r\n\r\n{")
@@ -264,10 +272,12 @@ def test_a_half_body_does_not_delay_the_shutdown() -> None:
 def test_clients_that_do_not_read_are_disconnected(
     endless: bool, protocol: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Slow read: answers that nobody takes stay in memory."""
     monkeypatch.setattr(connections, "SEND_SECONDS", 0.3)
     ended = threading.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"  # uvicorn also offers its start and end
         try:
             await send({"type": "http.response.start", "status": 200, "headers": []})
             piece = {"type": "http.response.body", "body": b"x" * 10**7, "more_body": endless}
@@ -280,3 +290,32 @@ def test_clients_that_do_not_read_are_disconnected(
     with running(app, protocol) as address, socket.create_connection(address) as connection:
         connection.sendall(GET + b"\r\n")
         assert ended.wait(10)
+
+
+@PROTOCOLS
+def test_a_client_that_reads_late_keeps_its_connection(
+    protocol: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit of a slow read ends when the client has read; the next answer may take longer."""
+    monkeypatch.setattr(connections, "SEND_SECONDS", 1.0)
+    size, paused = 10**7, threading.Event()
+    pause = protocol.pause_writing
+    monkeypatch.setattr(protocol, "pause_writing", lambda self: pause(self) or paused.set())
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(2 * (scope["type"] == "http" and scope["path"] == "/slow"))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * size})
+
+    with running(app, protocol) as address, socket.create_connection(address) as connection:
+        connection.sendall(GET + b"\r\n")
+        assert paused.wait(10)
+        got = 0
+        while got < size and (piece := connection.recv(1 << 20)):
+            got += len(piece)
+        last = GET.replace(b"health", b"slow") + b"Connection: close\r\n\r\n"
+        connection.sendall(last)
+        rest = b""
+        while piece := connection.recv(1 << 20):
+            rest += piece
+    assert rest.count(b"x") >= size

@@ -104,6 +104,7 @@ def test_frames_of_a_gif_are_counted_up_to_the_limit(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("make", [frames, clip, gif, canvas])
 def test_decoding_ends_with_its_time(make: Any) -> None:
+    """Media that take minutes to decode, within all limits of size."""
     deadline = Deadline(60)
     assert len(load_video(make(64, 5), Limits(), deadline)[0]) == 5
     deadline.cancel()
@@ -131,7 +132,7 @@ def photographs(*sides: int) -> bytes:
 def test_a_frame_that_is_larger_than_the_header_says_is_not_decoded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A small header with a frame of gigapixels after it."""
+    """Decompression bomb: a frame of gigapixels after a small header."""
     sizes: list[tuple[int, int]] = []
     monkeypatch.setattr(video, "check_size", lambda w, h, *_: sizes.append((w, h)))
     with pytest.raises(RequestError):
@@ -330,6 +331,7 @@ def test_frames_and_times_are_those_of_this_process(still: Path) -> None:
 def test_modules_of_the_working_directory_are_not_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Code injection by files in the folder where the server was started."""
     for name in ("numpy", "tokencomp", "av"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(1)")
     monkeypatch.chdir(tmp_path)
@@ -358,6 +360,7 @@ def test_a_process_that_says_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch
 def test_the_process_ends_when_the_client_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Clients that leave a long video to the server, again and again."""
     script = tmp_path / "endless"
     script.write_text("#!/bin/sh\nexec sleep 1000\n")
     script.chmod(0o755)

@@ -42,6 +42,7 @@ def prompt(body: Any, text: PromptText) -> ChatPrompt:
 def test_text_that_cannot_fit_is_not_tokenised(
     text: PromptText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Megabytes of text, which a tokenizer takes seconds for."""
     longest = max(map(len, text.tokenizer.get_vocab()))
     assert text.max_characters == longest * LENGTH
     calls: list[Any] = []

@@ -97,7 +97,10 @@ async def until(condition: Any) -> None:
 def test_few_requests_decode_at_one_time_and_few_media_wait(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four decode; of those, the media of two fill the memory until the engine has begun."""
+    """Many requests with large media at one time, which together fill the memory.
+
+    Four decode; of those, the media of two fill the memory until the engine has begun.
+    """
     answers: list[int] = []
 
     async def run() -> None:

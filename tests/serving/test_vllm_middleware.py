@@ -100,6 +100,7 @@ def test_a_request_that_the_end_of_the_server_stops_may_be_sent_again() -> None:
 
 
 def test_a_websocket_is_closed() -> None:
+    """Use without the key, which is in the head of HTTP requests."""
     send = AsyncMock()
     asyncio.run(vllm(app=AsyncMock(side_effect=AssertionError))({"type": "websocket"}, None, send))  # type: ignore[arg-type]
     assert send.await_args.args[0]["type"] == "websocket.close"

@@ -72,6 +72,7 @@ def asked(app: Any, **headers: str) -> dict[tuple[str, str], int]:
 
 
 def test_without_the_key_only_probes_answer(application: Any) -> None:
+    """Use without the key: vLLM itself asks for it below some paths only."""
     statuses = asked(application(*GUARD), **{"Content-Type": "application/json"})
     assert len({path for path, _ in statuses}) > 20 and {path for path, _ in statuses} >= SERVED
     for (path, method), status in statuses.items():
@@ -83,6 +84,7 @@ def test_without_the_key_only_probes_answer(application: Any) -> None:
 
 
 def test_with_the_key_only_documented_paths_answer(application: Any) -> None:
+    """Paths whose bodies nothing checks, where media may have any size."""
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
     statuses = asked(application(*GUARD), **headers)
     for (path, method), status in statuses.items():

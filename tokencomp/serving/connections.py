@@ -152,11 +152,10 @@ class Connection(Bounded, AutoHTTPProtocol):  # type: ignore[misc, valid-type]  
         self._pieces = Pieces()
 
     def on_body(self, body: bytes) -> None:  # of httptools
-        if self._pieces.add(len(body)) and not self.cycle.response_complete:
-            if not self.transport.is_closing():
-                self.send_400_response("Invalid HTTP request: too many chunks.")
-            return
-        super().on_body(body)
+        if not self._pieces.add(len(body)):
+            super().on_body(body)
+        elif not self.transport.is_closing():
+            self.send_400_response("Invalid HTTP request: too many chunks.")
 
 
 def bound_engine() -> None:
