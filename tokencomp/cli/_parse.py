@@ -110,7 +110,7 @@ def numbers(chosen: Sequence[float | dict[str, float]], command: str) -> list[fl
         if not isinstance(ratio, float):
             raise OptionError(
                 f"--ratio {ratio}: {command} takes one number for all modalities. Ratios by "
-                "modality work in demo, eval, inspect and profile, and in tokencomp.patch."
+                "modality work in demo, eval, inspect, profile and serve, and in tokencomp.patch."
             )
     return [ratio for ratio in chosen if isinstance(ratio, float)]
 

@@ -7,7 +7,6 @@ the start; rows carry their offsets within their frame.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.serving.item_plan import ItemPlan, field_name, item_span
-from tokencomp.serving.offsets import grid_offsets, with_offsets
+from tokencomp.serving.offsets import grid_offsets
 from tokencomp.serving.vllm import NO_TOWER_STAGE, mrope
 from tokencomp.tokens.tokens import VisualSpan
 
@@ -38,15 +37,10 @@ class Glm4vProcessor(mrope.MRopeProcessor):
 class Glm4vModel(mrope.MRopeModel):
     """Positions of frames with text between them, for the dense and the MoE variants."""
 
-    def finish_item(
-        self, plan: ItemPlan, rows: Tensor, index: Tensor, kwargs: Mapping[str, Any], item: int
-    ) -> Tensor:
-        """Append the offsets of the kept rows within their frame."""
-        if rows.shape[0] == plan.full:
-            return rows
+    def kept_offsets(self, plan: ItemPlan, index: Tensor, *item: Any) -> Tensor:
+        """The offsets of kept patches within their frame."""
         frame = plan.spans[0]
-        offsets = torch.from_numpy(grid_offsets(frame.grid, 1.0))
-        return with_offsets(rows, offsets[:, index.cpu() % frame.length])
+        return torch.from_numpy(grid_offsets(frame.grid, 1.0))[:, index % frame.length]
 
     def item_offsets(self, feature: Any) -> tuple[np.ndarray, int]:
         """Offsets and extent; rows of a compressed item are at the base of their frame."""

@@ -75,9 +75,14 @@ class MRopeModel(CompressingModel):
         """Append the offsets of the kept rows; an item that kept all rows needs none."""
         if rows.shape[0] == plan.full:
             return rows
+        return with_offsets(rows, self.kept_offsets(plan, index.cpu(), kwargs, item))
+
+    def kept_offsets(
+        self, plan: ItemPlan, index: Tensor, kwargs: Mapping[str, Any], item: int
+    ) -> Tensor:
+        """The offsets (3, k) of kept patches, whose numbers in the item are `index` (k,)."""
         factor = time_factor(self.config, plan.modality, kwargs, item)
-        offsets = torch.from_numpy(grid_offsets(plan.spans[0].grid, factor))
-        return with_offsets(rows, offsets[:, index.cpu()])
+        return torch.from_numpy(grid_offsets(plan.spans[0].grid, factor))[:, index]
 
     # -- when a request arrives -----------------------------------------------------------------
 
