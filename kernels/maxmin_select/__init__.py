@@ -107,7 +107,8 @@ def maxmin_select(
     waits for the device after each round, so a CUDA graph cannot capture such a call.
 
     The root mean square takes as many FLOPs, but not on tensor cores: it squares the differences
-    themselves, so that two copies of a row have the distance 0 and no rounding error.
+    themselves, so that two copies of a row have the distance 0 and no rounding error. On CPUs it is
+    a matrix product in fp64.
 
     Related methods are farthest-point sampling, lazy greedy selection (bounds that only fall) and
     DivPrune (arXiv 2503.02175). The weighted rule and the rounds are ours.
@@ -187,16 +188,20 @@ class Cosine:
 class RootMeanSquare:
     """Root mean squares of the differences of rows.
 
-    The differences themselves are squared. A matrix product would be faster, but it subtracts
-    squared norms from each other, and what remains for two copies of a row is their rounding error.
+    A matrix product subtracts squared norms from each other, and what remains for two copies of a
+    row is their rounding error: in fp32 1e-3 of their length, so the differences themselves are
+    squared. On CPUs the product is three times as fast also in fp64, where the error is 6e-8 of the
+    length: less than `EPSILON` for rows with a root mean square of up to 150.
     """
 
     @staticmethod
     def pairs(a: Tensor, b: Tensor) -> Tensor:
         """See `Cosine.pairs`."""
-        mode = "donot_use_mm_for_euclid_dist"
-        distance = torch.cdist(a, b, compute_mode=mode) / max(1, a.shape[-1]) ** 0.5
-        return distance.clamp_(min=EPSILON)
+        product = a.device.type == "cpu"
+        mode = "use" if product else "donot_use"
+        left, right = (a.double(), b.double()) if product else (a, b)
+        distance = torch.cdist(left, right, compute_mode=f"{mode}_mm_for_euclid_dist")
+        return (distance / max(1, a.shape[-1]) ** 0.5).to(a.dtype).clamp_(min=EPSILON)
 
     @classmethod
     def closest(cls, a: Tensor, b: Tensor) -> Tensor:

@@ -195,6 +195,20 @@ def test_root_mean_square(
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("rounds", [False, True], ids=["at once", "in rounds"])
+def test_copies_of_long_rows_come_last(
+    place: torch.device, rounds: bool, request: pytest.FixtureRequest
+) -> None:
+    """Squared norms that are subtracted leave more than copies differ by, in fp32."""
+    if rounds:
+        request.getfixturevalue("short_rounds")
+    x = (100 + 100 * torch.randn(20, 300)).repeat(4, 1)
+    x[:20] += 0.01 * torch.randn(20, 300)  # not copies
+    got = ordered_choices(x.to(place), 80, metric="rms").tolist()
+    assert {i if i < 20 else i % 20 + 20 for i in got[:40]} == {*range(40)}
+    assert got[40:] == sorted(got[40:])
+
+
 @pytest.mark.parametrize("metric", ["cosine", "rms"])
 @pytest.mark.parametrize("rounds", [False, True], ids=["at once", "in rounds"])
 def test_isolated_start(
