@@ -23,7 +23,7 @@ RATIOS = (0.5, 0.75, 0.9)
 SPEED = {
     ("image", "auto"): "image of 4,096 tokens",
     ("image", "auto merge=False"): "the same with `merge=False`",
-    ("video", "auto"): "video of 4,096 tokens under `condiv`, the default until 2026-12-02",
+    ("video", "auto"): "video of 4,096 tokens",
 }
 """Media and method of the README's rows of speed."""
 ACCURACY = {
