@@ -160,7 +160,7 @@ def test_the_server_merges_as_it_was_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--budget", "64", "--ratio", "0.5"), "--budget"),
+        (("--budget", "64", "--ratio", "0.5"), "Leave one out"),
         (("--budget", "0"), "from 1 to"),
         (("--max-batch", "4"), "mlx_vlm.server after"),
         (("--ratio", "1.5"), "0, 1"),
