@@ -93,9 +93,9 @@ HEAD = """# Is the default ever worse than random, uniform or smaller media?
 BELOW = """A comparison is one question family, ratio (0.5, 0.75, 0.9, 0.95) and baseline, where
 the baseline gets down to the ratio; questions are test questions of the largest set that has the
 family: [learned families](unseen/README.md), [counting](counting/README.md), and families that a
-model has not learned (`chance/`). On videos, answers of tiny-qwen3-vl are of the default since
-2026-12-02, those of the other models of `condiv`, the default until then. Significant: p < 0.05
-in an exact, two-sided McNemar test after Holm's correction over all comparisons.
+model has not learned (`chance/`). On videos, answers to families of `chance/`, and at 0.95 all but
+those of tiny-qwen3-vl, are of `condiv`, the default until 2026-12-02. Significant: p < 0.05 in an
+exact, two-sided McNemar test after Holm's correction over all comparisons.
 [Every comparison](baselines.csv). [Methods](METHODS.md)."""
 COLUMNS = ["model", "comparisons", "better", "significantly", "equal", "worse", "significantly"]
 
