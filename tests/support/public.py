@@ -93,10 +93,10 @@ def commands() -> dict[str, str]:
 
 def request_fields() -> dict[str, str]:
     """Fields of a chat request, and of its object `tokencomp`."""
-    from tokencomp.serving.hf.fields import ChatRequest
+    from tokencomp.serving.hf.fields import HfChat
     from tokencomp.serving.spec import REQUEST_KEYS
 
-    names = {f"request.{name}": "field" for name in ChatRequest.model_fields}
+    names = {f"request.{name}": "field" for name in HfChat.model_fields}
     return names | {f"request.tokencomp.{name}": "field" for name in REQUEST_KEYS}
 
 

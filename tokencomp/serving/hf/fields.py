@@ -8,8 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, Json, field_validator, model_validator
 
 from tokencomp.serving import KEY
-from tokencomp.serving.request import Chat, Strict
-from tokencomp.serving.request import Message as AnyMessage
+from tokencomp.serving.request import Chat, Message, Strict
 
 MAX_ANSWERS = 16  # to one request; each is computed from the whole prompt
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # every generated token is compared with all of them
@@ -57,7 +56,7 @@ class ToolCall(Strict):
     function: CalledFunction
 
 
-class Message(AnyMessage):
+class HfMessage(Message):
     """A message with the calls of tools that it answers or asks for."""
 
     # Clients send messages back that they received, with all of their empty fields.
@@ -67,7 +66,7 @@ class Message(AnyMessage):
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
 
     @model_validator(mode="after")
-    def _of_role(self) -> Message:
+    def _of_role(self) -> HfMessage:
         if self.tool_calls and self.role != "assistant":
             raise ValueError(f'"tool_calls" belong to the role "assistant", not {self.role!r}')
         if self.tool_call_id and self.role != "tool":
@@ -150,13 +149,13 @@ class ResponseFormat(Strict):
 # -- the request -----------------------------------------------------------------------------------
 
 
-class ChatRequest(Chat[Message]):
+class HfChat(Chat[HfMessage]):
     """A chat-completions request; the generation config has omitted sampling parameters."""
 
     off, ignored = OFF, IGNORED
 
     model: str = ""
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[HfMessage], Field(min_length=1, fail_fast=True)]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -195,7 +194,7 @@ class ChatRequest(Chat[Message]):
         return 1 if value is None else value
 
     @model_validator(mode="after")
-    def _consistent(self) -> ChatRequest:
+    def _consistent(self) -> HfChat:
         if self.top_logprobs and not self.logprobs:
             raise ValueError('"top_logprobs" needs "logprobs": true')
         json_wanted = self.response_format is not None and self.response_format.type != "text"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tokencomp.inputs.prompts import Chat, takes_videos
 from tokencomp.method import Method
-from tokencomp.serving.hf.fields import ChatRequest, Message
+from tokencomp.serving.hf.fields import HfChat, HfMessage
 from tokencomp.serving.hf.grammar import Grammar, Grammars
 from tokencomp.serving.hf.text import CallForm
 from tokencomp.serving.limits import Deadline, Limits, RequestError
@@ -31,7 +31,7 @@ MARKED = ("image", "video")
 class ChatPrompt:
     """A checked request with decoded media."""
 
-    request: ChatRequest
+    request: HfChat
     chat: list[dict[str, Any]]  # messages in the form that chat templates expect
     spec: Method
     alone: bool = False  # in its batch, as nobody can count its placeholders
@@ -191,7 +191,7 @@ def parse(
     `ratio` is that of requests with media that name none, if the server is under load. Raises
     `RequestError`.
     """
-    request = read_request(ChatRequest, content, limits)
+    request = read_request(HfChat, content, limits)
     spec, by_load = request.method(options, "hf", ratio)
     prompt = ChatPrompt(request, [], spec, by_load=by_load)
     _check_amount(request, text)
@@ -230,7 +230,7 @@ def load(prompt: ChatPrompt, text: PromptText, deadline: Deadline) -> None:
     prompt.visual_tokens = (counted or 0) + pixels // TOKEN_PIXELS
 
 
-def _check_amount(request: ChatRequest, text: PromptText) -> None:
+def _check_amount(request: HfChat, text: PromptText) -> None:
     """Refuse a request by the amount of its text, before it is tokenised."""
     texts = [tool.model_dump_json() for tool in request.tools or []]
     for tokens in (request.max_tokens, request.max_completion_tokens):
@@ -246,7 +246,7 @@ def _check_amount(request: ChatRequest, text: PromptText) -> None:
     text.check_size(sum(map(len, texts)) + names, len(texts))
 
 
-def _message(message: Message) -> dict[str, Any]:
+def _message(message: HfMessage) -> dict[str, Any]:
     """Return a message in the form that chat templates expect."""
     content: Any = _content(message)
     if message.role == "tool" and all(part["type"] == "text" for part in content):
@@ -259,7 +259,7 @@ def _message(message: Message) -> dict[str, Any]:
     return known
 
 
-def _content(message: Message) -> list[dict[str, Any]]:
+def _content(message: HfMessage) -> list[dict[str, Any]]:
     """Return the parts of a message in the form that chat templates expect."""
     if message.content is None and message.role != "assistant":
         raise RequestError(f"a message of role {message.role!r} needs a content.")
@@ -269,7 +269,7 @@ def _content(message: Message) -> list[dict[str, Any]]:
     ]
 
 
-def _call_form(request: ChatRequest, text: PromptText) -> CallForm | None:
+def _call_form(request: HfChat, text: PromptText) -> CallForm | None:
     """Return how calls are written, if the request has tools to call."""
     called = any(message.tool_calls or message.role == "tool" for message in request.messages)
     if (request.offered or called) and text.calls is None:

@@ -14,8 +14,7 @@ from tokencomp.method import Method
 from tokencomp.serving import KEY
 from tokencomp.serving.limits import Deadline, RequestError
 from tokencomp.serving.media import check_media
-from tokencomp.serving.request import AnyPart, Chat, Part, read_request
-from tokencomp.serving.request import Message as AnyMessage
+from tokencomp.serving.request import AnyPart, Chat, Message, Part, read_request
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.video import with_request
 from tokencomp.serving.vllm import PIXELS
@@ -27,7 +26,7 @@ MEDIA_TYPE = re.compile(r"image|video|audio|file|embeds")
 FORM = '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
 
 
-class Message(AnyMessage):
+class VllmMessage(Message):
     """A message with the texts and calls of tools that vLLM reads."""
 
     reasoning: str | None = None
@@ -36,12 +35,12 @@ class Message(AnyMessage):
     tool_calls: Any = None
 
 
-class ChatRequest(Chat[Message]):
+class VllmChat(Chat[VllmMessage]):
     """A chat completion, or a body of another path; further fields are vLLM's."""
 
     closed = False
 
-    messages: list[Message] = Field(default_factory=list, fail_fast=True)
+    messages: list[VllmMessage] = Field(default_factory=list, fail_fast=True)
 
     @property
     def further(self) -> dict[str, Any]:
@@ -69,13 +68,13 @@ class Grid(AnyPart):
     uuid: str | None = None
 
 
-class RouterMessage(Message):
+class RouterMessage(VllmMessage):
     """A message of a router, which may replace media by what an encoder has reported."""
 
     content: str | list[NamedPart | Grid] | None = None  # type: ignore[assignment]
 
 
-class RouterRequest(ChatRequest):
+class RouterRequest(VllmChat):
     """A request of a router."""
 
     messages: list[RouterMessage] = Field(default_factory=list)  # type: ignore[assignment]
@@ -89,7 +88,7 @@ class Checked:
     the ratio.
     """
 
-    request: ChatRequest
+    request: VllmChat
     method: Method | None
     by_load: bool
 
@@ -127,7 +126,7 @@ def check_body(
     paths than `chat` have media in messages of the same form, or none. A `router` may send transfer
     parameters, names of media, and grids of media without pixels.
     """
-    request = read_request(RouterRequest if router else ChatRequest, body, rules.limits)
+    request = read_request(RouterRequest if router else VllmChat, body, rules.limits)
     if not rules.media_options:
         with_request(request.media_io_kwargs, rules.limits)
     further = request.further
