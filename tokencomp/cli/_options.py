@@ -198,7 +198,10 @@ def stage_flags() -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """The value of a word on the command line; `StageOptions.check_options` refuses other words."""
+    """The value of a word on the command line; `StageOptions.check_options` refuses other words.
+
+    Its message names values as in Python, so that these are words as well.
+    """
     return {"on": True, "off": False, "True": True, "False": False}.get(text, text)
 
 

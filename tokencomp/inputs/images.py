@@ -83,9 +83,8 @@ def as_image(item: Any, where: str) -> Image.Image:
     )
 
 
-def seconds_shown(image: Image.Image, place: int) -> float:
-    """Go to a frame of an animation, and return its duration."""
-    image.seek(place)
+def seconds_shown(image: Image.Image) -> float:
+    """The duration of the frame of an animation that `image.seek` has gone to."""
     if image.format == "WEBP":
         image.load()  # sets the duration of the frame
     return float(image.info.get("duration", 0)) / 1000

@@ -203,7 +203,8 @@ def _whole(frames: Sequence[np.ndarray]) -> np.ndarray:
     array = frames[0].base
     assert array is not None and len(array) == len(frames)
     for row, frame in enumerate(frames):
-        array[row] = frame  # a copy of itself, but at missing places
+        if not np.may_share_memory(array[row], frame):  # a missing place
+            array[row] = frame
     return array
 
 

@@ -221,7 +221,7 @@ class AnimationClip(Clip):
             shown = []
             for place in range(self._total(image)):
                 self._seek(image, place)
-                shown.append(seconds_shown(image, place))
+                shown.append(seconds_shown(image))
             return animation_index(shown, str(image.format).lower())
 
     def read(self, places: Sequence[int], size: int | None) -> dict[int, Image.Image]:
