@@ -179,7 +179,7 @@ def answer_all(
     for setting, parts in work_parts(model, processor, runs, examples, args.frames).items():
         runs[setting].manifest["work"] = parts
     results = collected(runs, name, split, facts)
-    if name == MAIN:  # pictures take much space: those of one model have to do
+    if (folder.parent, name) == (RESULTS, MAIN):  # pictures take much space: one set has to do
         add_lost(results, draw_default(model, processor, runs, examples, folder / LOST))
     if (folder / f"{split}.json").exists():
         results = merged(Results.read(folder, split), results)

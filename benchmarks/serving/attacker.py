@@ -64,8 +64,8 @@ def body(kind: str, seed: int) -> dict[str, Any]:
     return {"messages": [message], "max_tokens": tokens, "temperature": 0}
 
 
-def ask(port: int, client: str, content: dict[str, Any]) -> dict[str, Any]:
-    """Status, seconds and ratio of an answer to a request from the address of a client."""
+def ask(port: int, client: str, content: dict[str, Any]) -> tuple[int, float, float | None]:
+    """Status, milliseconds and ratio of an answer to a request from the address of a client."""
     start = time.perf_counter()
     connection = http.client.HTTPConnection("127.0.0.1", port, 120, source_address=(client, 0))
     with contextlib.closing(connection):
@@ -75,7 +75,7 @@ def ask(port: int, client: str, content: dict[str, Any]) -> dict[str, Any]:
         found = json.loads(answer.read())
     saved = (found.get("usage") or {}).get("tokencomp") or {}
     ratio = saved.get("requested", {}).get("ratio")
-    return {"status": answer.status, "seconds": time.perf_counter() - start, "ratio": ratio}
+    return answer.status, round(1000 * (time.perf_counter() - start), 1), ratio
 
 
 def repeat(work: Callable[[int], Any], first: int, end: float, pause: float) -> list[Any]:
@@ -87,7 +87,7 @@ def repeat(work: Callable[[int], Any], first: int, end: float, pause: float) -> 
     return results
 
 
-def attacked(port: int, attack: str, args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
+def attacked(port: int, attack: str, args: argparse.Namespace, seed: int) -> list[Any]:
     """Answers to the three clients while one more attacks."""
     count, kind = ATTACKS[attack]
     end = time.monotonic() + args.seconds
@@ -136,7 +136,7 @@ def answers_of(engine: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             until_calm(url)
             answers = attacked(port, attack, args, 10**7 * (number + 1))
             records.append({"engine": engine, "attack": attack, "answers": answers})
-            print(engine, attack, Counter(a["ratio"] for a in answers), flush=True)
+            print(engine, attack, Counter(ratio for _, _, ratio in answers), flush=True)
     return records
 
 
@@ -144,9 +144,9 @@ def rows_of(records: list[dict[str, Any]]) -> list[list[str]]:
     """Cells of the table."""
     rows = []
     for r in records:
-        counts = Counter(a["ratio"] for a in r["answers"] if a["status"] == 200)
+        counts = Counter(ratio for status, _, ratio in r["answers"] if status == 200)
         shown = ", ".join(f"{n} at {ratio:g}" for ratio, n in sorted(counts.items()))
-        middle = statistics.median(a["seconds"] for a in r["answers"])
+        middle = statistics.median(ms for _, ms, _ in r["answers"]) / 1000
         setup = r["setup"]
         rows.append(
             [r["engine"], setup["code"][:8], f"`{setup['steps']}`", r["attack"], shown,
