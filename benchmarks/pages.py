@@ -45,7 +45,6 @@ from benchmarks.models import chunked_prefill, decoding, prefill, rounding, tota
 from benchmarks.models import tower as first_token
 from benchmarks.mutants import page as mutants
 from benchmarks.mutants.run import read as read_mutants
-from benchmarks.nlvr import page as nlvr
 from benchmarks.peers import run as peers
 from benchmarks.publishing import FOLDER
 from benchmarks.real import candidates, clip_answers, clips
@@ -99,7 +98,6 @@ PAGES: dict[str, Callable[[], Files]] = {
     },
     "long": long_answers.files,
     "long/choice": lambda: long_choice.files(long_answers.FOLDER),
-    "nlvr": lambda: {nlvr.PAGE: nlvr.page(json.loads(nlvr.RESULTS.read_text()))},
     "readers": recompute.files,
 }
 

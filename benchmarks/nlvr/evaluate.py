@@ -1,9 +1,9 @@
-"""What the model of a training run answers to NLVR, in full and with every method."""
+"""What a trained model answers to NLVR, in full and with every method."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText
 
+from benchmarks.accuracy.packed import pack
 from benchmarks.accuracy.run import tower_once, usable, watches_tower
 from recipes.nlvr.build import reached, trainer_of
 from recipes.nlvr.corpus import SIZE, Example, examples, picture
@@ -25,43 +26,66 @@ ASKED = ("test", "hidden")
 RATIOS = (0.5, 0.9)
 SMALLER = {0.5: (11 * 28, 3 * 28), 0.9: (6 * 28, 28)}
 """By ratio: sizes of smaller pictures, of 33 and 6 visual tokens where there are 64."""
-BATCH, RESAMPLES = 165, 10_000
+BATCH = 165
+
+Batches = list[dict[str, Any]]
 
 
-def evaluate(corpus: Path, out: Path, seed: int = 0) -> dict[str, Any]:
-    """Facts of the training, and for every split the right answers of the full model.
+def ask(corpus: Path, weights: Path, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Facts of the training, and the answers of the full model and of every method.
 
-    If it has learnt NLVR, the right answers of every method as well.
+    `sentences` has, for every example of a split, the number of its sentence; `right` the packed
+    bits of right answers, of methods for `ASKED`, one split after the other.
+
+    Parameters
+    ----------
+    corpus
+        The folder `nlvr` of the repository lil-lab/nlvr.
+    weights
+        Folder of the training.
     """
-    training = reached(corpus, out, seed)
-    trainer, _ = trainer_of(corpus, out, seed)
-    model = AutoModelForImageTextToText.from_pretrained(out / "model", dtype=torch.float32)
+    torch.set_num_threads(1)
+    training = reached(corpus, weights, seed)
+    trainer, _ = trainer_of(corpus, weights, seed)
+    model = AutoModelForImageTextToText.from_pretrained(weights / "model", dtype=torch.float32)
     rows = {split: examples(corpus, split) for split in SPLITS}
-    asked = {split: [*batches(trainer, some)] for split, some in rows.items()}
-    splits = {split: summary(some, answers(model, asked[split])) for split, some in rows.items()}
-    found = {"training": training, "splits": splits}
-    if learnt(splits):
-        smaller = {
-            Setting(DOWNSCALE, ratio): [
-                x for split in ASKED for x in answers(model, batches(trainer, rows[split], size))
-            ]
-            for ratio, size in SMALLER.items()
-        }
-        found["methods"] = methods(model, rows, asked, smaller)
-    return found
+    asked = {split: batches(trainer, some) for split, some in rows.items()}
+    splits = {split: _split(model, rows[split], asked[split]) for split in SPLITS}
+    yield {"training": training, "splits": splits}
+    both = [one for split in ASKED for one in rows[split]]
+    said, refused = methods(model, [batch for split in ASKED for batch in asked[split]])
+    for ratio, size in SMALLER.items():
+        smaller = [batch for split in ASKED for batch in batches(trainer, rows[split], size)]
+        said[Setting(DOWNSCALE, ratio)] = answers(model, smaller)
+    found = [
+        {"label": s.label, "reducer": s.reducer, "ratio": s.ratio, "right": right(both, some)}
+        for s, some in said.items()
+    ]
+    yield {"training": training, "splits": splits, "methods": found, "refused": refused}
 
 
-def learnt(splits: Mapping[str, Any]) -> bool:
-    """Whether the full model is above the majority class on every split, significantly."""
-    return all(s["low"] > s["majority"] for s in splits.values())
+def _split(model: Any, rows: Sequence[Example], asked: Batches) -> dict[str, Any]:
+    """The sentences and true labels of a split, and what the full model answers."""
+    sentences = [one.presentation for one in rows]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(sentences))}
+    return {
+        "examples": len(rows),
+        "true": sum(one.truth for one in rows),
+        "right": right(rows, answers(model, asked)),
+        "sentences": [numbers[name] for name in sentences],
+    }
 
 
-def batches(
-    trainer: NlvrTrainer, rows: Sequence[Example], size: tuple[int, int] = SIZE
-) -> Iterable[dict[str, Any]]:
+def right(rows: Sequence[Example], said: Sequence[bool]) -> str:
+    """Packed bits of the right answers."""
+    return pack([one.truth == yes for one, yes in zip(rows, said, strict=True)])
+
+
+def batches(trainer: NlvrTrainer, rows: Sequence[Example], size: tuple[int, int] = SIZE) -> Batches:
     """Inputs of the model: the picture in the first order of the boxes, then the sentence."""
     prefix, _ = trainer.packer.prefix("image", (1, size[1], size[0]))
     config = trainer.model.config
+    made = []
     for first in range(0, len(rows), BATCH):
         some = rows[first : first + BATCH]
         texts = [[*prefix, *trainer.packer.ids(one.prompt)] for one in some]
@@ -69,13 +93,15 @@ def batches(
         ids = torch.tensor([[0] * (width - len(text)) + text for text in texts])
         mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
         frames = np.stack([np.asarray(picture(one.pictures[0], size)) for one in some])
-        yield {
+        inputs = {
             "input_ids": ids,
             "attention_mask": mask,
             "mm_token_type_ids": (ids == config.image_token_id).int(),
             **trainer.family.pixels(torch.as_tensor(frames[:, None]), "image"),
             "answers": [trainer.packer.ids(ANSWERS[truth])[0] for truth in (True, False)],
         }
+        made.append(inputs)
+    return made
 
 
 @torch.inference_mode()
@@ -90,41 +116,19 @@ def answers(model: Any, asked: Iterable[Mapping[str, Any]]) -> list[bool]:
     return said
 
 
-def methods(
-    model: Any,
-    rows: Mapping[str, Sequence[Example]],
-    asked: Mapping[str, Sequence[Any]],
-    smaller: Mapping[Setting, list[bool]],
-) -> dict[str, Any]:
-    """Right answers of every method on `ASKED`, both splits as one, at every ratio.
-
-    `smaller` has the answers to smaller pictures. A difference is that to the full model, with an
-    interval that draws sentences.
-    """
-    examples_asked = [one for split in ASKED for one in rows[split]]
-    groups = grouped([f"{split} {x.presentation}" for split in ASKED for x in rows[split]])
+def methods(model: Any, asked: Batches) -> tuple[dict[Setting, list[bool]], dict[str, str]]:
+    """The answers with every method at every ratio; why other methods were not asked."""
     reducers = [Setting(name, r) for name in available_reducers() for r in RATIOS]
     random = [Setting(RANDOM, r, {"seed": seed}) for seed in (1, 2) for r in RATIOS]
-    chosen, refused = usable(model, [Setting(), *reducers, *random])
+    chosen, refused = usable(model, [*reducers, *random])
     watching = [s for s in chosen if watches_tower(s) or s.repeats]
-    every = [batch for split in ASKED for batch in asked[split]]
     with tower_once(model):
-        said = all_answers(model, every, [s for s in chosen if s not in watching])
-    said |= all_answers(model, every, watching) | smaller
-    scores = {setting: right(examples_asked, some) for setting, some in said.items()}
-    full = scores.pop(Setting())
-    found = [
-        {"label": s.label, "reducer": s.reducer, "ratio": s.ratio, "accuracy": float(one.mean())}
-        | {f"difference_{name}": value for name, value in interval(one - full, groups).items()}
-        for s, one in scores.items()
-    ]
-    return {"examples": len(full), "full": float(full.mean()), "asked": found, "refused": refused}
+        said = all_answers(model, asked, [s for s in chosen if s not in watching])
+    return said | all_answers(model, asked, watching), refused
 
 
-def all_answers(
-    model: Any, asked: Sequence[Mapping[str, Any]], chosen: Sequence[Setting]
-) -> dict[Setting, list[bool]]:
-    """The answers with every method, batch by batch."""
+def all_answers(model: Any, asked: Batches, chosen: Sequence[Setting]) -> dict[Setting, list[bool]]:
+    """The answers with every setting, batch by batch."""
     said: dict[Setting, list[bool]] = {setting: [] for setting in chosen}
     for number, batch in enumerate(asked):
         for setting in chosen:
@@ -132,34 +136,3 @@ def all_answers(
                 said[setting] += answers(model, [batch])
         print(f"batch {number + 1} of {len(asked)}, {len(chosen)} settings", flush=True)
     return said
-
-
-def summary(rows: Sequence[Example], said: Sequence[bool]) -> dict[str, Any]:
-    """Accuracy with an interval that draws sentences, not examples; the share of the majority."""
-    truth = np.array([x.truth for x in rows], dtype=float)
-    major = float(max(truth.mean(), 1 - truth.mean()))
-    groups = grouped([one.presentation for one in rows])
-    about = {"majority": major, "yes": float(np.mean(said)), "sentences": len(groups)}
-    return {**about, "examples": len(rows), **interval(right(rows, said), groups)}
-
-
-def right(rows: Sequence[Example], said: Sequence[bool]) -> np.ndarray:
-    """1.0 for every right answer, 0.0 for others."""
-    return np.array([x.truth == one for x, one in zip(rows, said, strict=True)], dtype=float)
-
-
-def grouped(names: Sequence[str]) -> list[list[int]]:
-    """Numbers of the examples of every sentence."""
-    groups: dict[str, list[int]] = {}
-    for i, name in enumerate(names):
-        groups.setdefault(name, []).append(i)
-    return [*groups.values()]
-
-
-def interval(values: np.ndarray, groups: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Mean of `values`, and its 95 % bootstrap interval over whole groups."""
-    sums = np.array([values[[*members]].sum() for members in groups])
-    sizes = np.array([len(members) for members in groups])
-    draw = np.random.default_rng(0).integers(len(sums), size=(RESAMPLES, len(sums)))
-    low, high = np.quantile(sums[draw].sum(1) / sizes[draw].sum(1), [0.025, 0.975])
-    return {"accuracy": float(values.mean()), "low": float(low), "high": float(high)}

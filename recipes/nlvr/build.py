@@ -1,16 +1,22 @@
 """Train a tiny model on NLVR, or take what a training has reached.
 
+    python -m recipes.nlvr.build FOLDER    # the folder `nlvr` of the repository lil-lab/nlvr
+
 A training that was stopped goes on where it stopped. It downloads nothing. The model comes to the
 ignored folder `build/nlvr/`.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 from recipes.nlvr.corpus import examples
 from recipes.nlvr.train import RECIPE, NlvrTrainer, start
+from recipes.trainer import arguments
+from tokencomp.cli import one_message
 from tokencomp.evaluation.environment import environment
 from tokencomp.storage import write_json
 
@@ -56,3 +62,15 @@ def _written(trainer: NlvrTrainer, processor: Any, out: Path) -> dict[str, Any]:
     }
     write_json(folder / "training.json", facts)
     return facts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("corpus", type=Path)
+    args = arguments(parser, FOLDER)
+    print(json.dumps(train(args.corpus, args.out, args.seed, args.stop_after)), flush=True)
+
+
+if __name__ == "__main__":
+    with one_message():
+        main()
