@@ -142,6 +142,6 @@ def measured(runs: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(["Measured:", "", *(f"- {line}" for line in lines)])
 
 
-def write(files: Files) -> list[Path]:
-    """Write pages and data."""
-    return [write_text(path, text) for path, text in files.items()]
+def write(files: Files, csv: bool = False) -> list[Path]:
+    """Write pages and what is chosen; with `csv` the tables of these pages alone."""
+    return [write_text(p, text) for p, text in files.items() if (p.suffix == ".csv") is csv]

@@ -1,7 +1,8 @@
-"""Every page and its data, rebuilt from stored results.
+"""Every page, rebuilt from stored results, and its tables as CSV files.
 
     python -m benchmarks.pages                     # all of them
     python -m benchmarks.pages serving/agents accuracy/unseen
+    python -m benchmarks.pages serving/transfer --csv    # its tables, beside the page
     python -m benchmarks.pages --list
 
 Tables of the README come from `benchmarks.figures`. The page of `benchmarks.kernels.aot` is rebuilt
@@ -108,12 +109,13 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", choices=[[], *PAGES], metavar="NAME")
     parser.add_argument("--list", action="store_true", help="only the names")
+    parser.add_argument("--csv", action="store_true", help="tables as CSV files, and no pages")
     args = parser.parse_args()
     for name in args.names or PAGES:
         if args.list:
             print(name)
             continue
-        for path in write(PAGES[name]()):
+        for path in write(PAGES[name](), args.csv):
             print(path.relative_to(FOLDER.parent))
 
 

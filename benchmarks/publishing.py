@@ -21,6 +21,7 @@ from tokencomp.storage import write_text
 
 __all__ = [
     "MARK",
+    "TABLES",
     "changed_code",
     "commits",
     "csv_text",
@@ -39,6 +40,8 @@ __all__ = [
 FOLDER = Path(__file__).resolve().parent
 OUTPUTS = (".json", ".jsonl", ".md", ".csv", ".jpg")
 MARK = "publishable"
+TABLES = "../README.md#tables-as-csv"
+"""Where a page of a folder says how its tables become CSV files."""
 LOST = {"59fd6962", "714d7b9e", "9c085507", "a7260a95", "cc934109"}
 """Commits that results name and the repository has not: their branches were rewritten."""
 WIDTH = 400

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import re
 from pathlib import Path
@@ -11,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import figures
+from benchmarks.accuracy.store import ACCURACY, Results
+from benchmarks.accuracy.studies import tower_book
+from benchmarks.accuracy.tables import record
 from benchmarks.frontier.grid import points
 from benchmarks.frontier.page import Measured, stored
 from tokencomp.method import Method
@@ -82,11 +84,6 @@ def test_every_row_of_figures_names_release_date_and_commit() -> None:
         assert re.search(r"\| \d+\.\d+\.\d+, \d{4}-\d\d-\d\d, [0-9a-f]{8} \|$", line), line
 
 
-def csv_rows(page: str) -> list[dict[str, str]]:
-    with (ROOT / page).open(encoding="utf-8") as file:
-        return [*csv.DictReader(file)]
-
-
 def test_figures_of_the_text_are_those_of_their_pages() -> None:
     """The first token of an image with and without `tower_ratio`, in one set-up, and its price."""
     text = " ".join(README.split())
@@ -99,13 +96,9 @@ def test_figures_of_the_text_are_those_of_their_pages() -> None:
     said = re.search(r"came ([\d.]+) times as soon, and \[([\d.]+) times\]", text)
     keys = ("ratio 0.75", "ratio 0.75, tower ratio 0.6")
     assert said and [float(x) for x in said.groups()] == [round(times[key], 1) for key in keys]
-    tower = {
-        (row["method"], row["tower_ratio"]): float(row["kept_of_full"])
-        for row in csv_rows("benchmarks/accuracy/tower.csv")
-        if row["set"] == "qwen3-images"
-    }
+    answers = tower_book.read(ACCURACY / "tower.json")["qwen3-images"]["answers"].correct
     said = re.search(r"keeps \[([\d.]+) %\]\S* of its accuracy on images, and ([\d.]+) %", text)
-    wanted = [tower["kcenter", "0.6"], tower["entry only", "0"]]
+    wanted = [sum(answers[key]) / sum(answers["full@0"]) for key in ("kcenter@0.6", "entry only@0")]
     assert said
     assert [*map(float, said.groups())] == pytest.approx([100 * v for v in wanted], abs=0.051)
 
@@ -159,14 +152,11 @@ def test_counts_of_comparisons_are_those_of_the_page() -> None:
 
 def test_dated_figures_of_the_text_are_those_of_their_pages() -> None:
     text = " ".join(README.split())
-    unseen = {
-        row["ratio"]: row
-        for row in csv_rows("benchmarks/accuracy/unseen/tiny-qwen3-vl.csv")
-        if (row["reducer"], row["options"]) == ("auto", "")
-    }
+    results = Results.read(ACCURACY / "unseen" / "tiny-qwen3-vl", "test")
+    unseen = [record(results, f"auto-{ratio}") for ratio in ("0.75", "0.9")]
     said = re.search(r"([\d.]+) and ([\d.]+) % at 0.75 and 0.9 \(([\d-]+)\)", text)
-    assert said and said[3] == unseen["0.75"]["date"] == unseen["0.9"]["date"]
-    wanted = [float(unseen[ratio]["kept_images"]) for ratio in ("0.75", "0.9")]
+    assert said and {said[3]} == {row["date"] for row in unseen}
+    wanted = [row["kept_images"] for row in unseen]
     assert [float(said[1]), float(said[2])] == pytest.approx([100 * v for v in wanted], abs=0.051)
 
     said = re.search(

@@ -1,6 +1,6 @@
-"""The pages of the accuracy benchmark and their data, from its result files alone.
+"""The pages of the accuracy benchmark, from its result files alone.
 
-python -m benchmarks.accuracy.report    # → README.md, results/MODEL.csv
+python -m benchmarks.accuracy.report    # → README.md
 python -m benchmarks.accuracy.report --results benchmarks/accuracy/unseen
 
 A page has the default, its variants, the baselines and the best other methods at three ratios. The
@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.accuracy.store import ACCURACY, LOST, MAIN, RESULTS, Results, read_all
 from benchmarks.accuracy.tables import BASELINES, NONE, earlier, kept, record, table
 from benchmarks.experiment import Files, write
-from benchmarks.publishing import MARK, csv_text, provenance
+from benchmarks.publishing import MARK, TABLES, csv_text, provenance
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import FULL, RANDOM
 
@@ -123,14 +123,14 @@ def overview(results: Results) -> str:
     return table(["method", *(f"ratio {r:g}" for r in ratios)], rows)
 
 
-def facts(results: Results, data: str) -> str:
+def facts(results: Results, tables: str) -> str:
     """What was asked, where every number is, and the runs of the default and the baselines."""
     scores = results.scores(FULL, "both", known(results))
     families = ", ".join(known(results) or ["none"])
     asked = (
         f"{results.manifest['items']} test questions, {len(scores)} of them in the table, on which "
         f"the full model is right in {sum(scores) / len(scores):.1%}. Learned families: "
-        f"{families}. [All methods, ratios and families]({data})."
+        f"{families}. [All methods, ratios and families]({tables})."
     )
     shown = {s["run"] for s in results.settings.values() if s["reducer"] == results.default}
     runs = [results.manifest["runs"][number] for number in sorted(shown)]
@@ -164,12 +164,11 @@ def text(results: Path, every: Sequence[Results]) -> str:
     methods_page = os.path.relpath(ACCURACY / "METHODS.md", folder)
     links = f"[Methods and columns]({methods_page})."
     parts = [f"# {title}", f"{asked} {COLUMNS.replace(chr(10), ' ')} {links}"]
-    pictures = os.path.relpath(results, folder)
+    pictures, tables = os.path.relpath(results, folder), os.path.relpath(ACCURACY / TABLES, folder)
     ordered = sorted(every, key=lambda one: one.manifest["model"] != MAIN)
     for one in ordered:
         model = one.manifest["model"]
-        data = os.path.normpath(f"{pictures}/{model}.csv")
-        parts += [f"## {model}", overview(one), facts(one, data)]
+        parts += [f"## {model}", overview(one), facts(one, tables)]
     drawn = [lost(one, r, pictures) for one in ordered for r in RATIOS]
     if any(drawn):
         parts += ["## What the default loses, the first questions by id", *filter(None, drawn)]

@@ -63,7 +63,7 @@ def _intro(report: Row) -> str:
         f"{RATIO:g} (achieved: {ratio:.3f}) with the default method leaves 32 frames the visual "
         "tokens of 8 in the decoder; the vision tower sees all 32. "
         f"{report['cpu'] / 60:.0f} CPU minutes, so few questions: only large differences are "
-        "certain. [By background and family, coverage and paired tests](accuracy.csv)."
+        f"certain. [By background and family, coverage and paired tests]({publishing.TABLES})."
     )
 
 

@@ -133,7 +133,7 @@ def measure(
 
 
 def page(report: dict[str, Any]) -> str:
-    """The page of a report; its rows are in stream.csv."""
+    """The page of a report."""
     rows = report["rows"]
     encodings = dict.fromkeys(r["encoding"] for r in rows if r["kind"] != "given")
     tables = []
@@ -155,7 +155,7 @@ def page(report: dict[str, Any]) -> str:
         "distance of the frames of the film from the chosen ones, of the stream over that of even "
         f"spacing.{films if given else ''} The stream misses {lost} of {len(events)} events that "
         f"even spacing shows at 8 frames. {report['split'].capitalize()} clips; the rule was found "
-        "on validation clips. [Every clip and film](stream.csv).",
+        "on validation clips. [Every clip and film](../README.md#tables-as-csv).",
     ]
     return "\n\n".join(parts)
 

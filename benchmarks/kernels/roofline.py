@@ -2,8 +2,8 @@
 
     python -m benchmarks.kernels.roofline
 
-writes this for every case of the benchmark at full size as CSV. It is arithmetic on data-sheet
-rates, not a measurement: what a run on a GPU is judged against.
+writes roofline.csv: this for every case of the benchmark at full size. It is arithmetic on
+data-sheet rates, not a measurement: what a run on a GPU is judged against.
 """
 
 from __future__ import annotations
@@ -74,4 +74,4 @@ def files() -> Files:
 
 
 if __name__ == "__main__":
-    write(files())
+    write(files(), csv=True)

@@ -4,8 +4,8 @@
     python -m benchmarks.long forced              # → forced.json
     python -m benchmarks.long confirm renderer    # → other-renderer.json
     python -m benchmarks.long confirm family --model FOLDER   # → second-family.json
-    python -m benchmarks.long page                # → README.md, results.csv
-    python -m benchmarks.long choice              # → choice.md, choice.csv, choice.json
+    python -m benchmarks.long page                # → README.md
+    python -m benchmarks.long choice              # → choice.md, choice.json
     python -m benchmarks.long answer --split validation --only auto condiv kcenter
 
 A run that was stopped goes on from the answers in the ignored folder `build/long/`.

@@ -1,6 +1,6 @@
 """The rule of decision 1 for the default on videos, with long answers as cells.
 
-    python -m benchmarks.long choice              # → choice.md, choice.csv, choice.json
+    python -m benchmarks.long choice              # → choice.md, choice.json
 
 The cells of short answers are those of `benchmarks.accuracy.studies.choose`.
 """

@@ -242,7 +242,7 @@ a clip second by second. Every answer is made of facts that a parser reads back
 (`tokencomp.zoo.shapesqa.facts`).
 
 `python -m benchmarks.long answer`; from the stored answers, `python -m benchmarks.long page` makes
-this page and [all numbers](results.csv). {images} test
+this page and [all numbers](../README.md#tables-as-csv). {images} test
 questions about images with {facts} facts and {clips} about clips with {clip_facts}, greedy. Cells:
 mean share of the facts of an answer that is right, divided by that of the full model, with paired
 95 % intervals over questions; a fact is right if all of it is. Reads: what the

@@ -266,7 +266,7 @@ costs more time per FLOP than a short one: a text of the compressed length, with
 78 to 98 % of the compressed time where it was measured (`of_native`). Reducer: its own time,
 scoring included, as a share of the full prefill. Peak memory and KV cache: shares of the unpatched
 run's, at the highest ratio; when this was measured, a merged token was stored once for every token
-that it represents ([since then](decoding.md) once). [All cases](prefill.csv)."""
+that it represents ([since then](decoding.md) once). [All cases](../README.md#tables-as-csv)."""
 
 
 def page(records: list[dict[str, Any]]) -> str:

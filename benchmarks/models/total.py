@@ -1,6 +1,6 @@
 """What a whole answer costs: the prefill and n decode steps, by the length of the prompt.
 
-    python -m benchmarks.models.total             # → total.json, .md, .csv
+    python -m benchmarks.models.total             # → total.json, .md
     python -m benchmarks.models.total --report    # only rebuilds the page
 
 A decoder of a real shape with a few layers and random weights reads one image or clip, whose

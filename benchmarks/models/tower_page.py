@@ -32,7 +32,7 @@ decoder and the KV cache, the smaller part at this length. Peak memory: what is 
 prefill at most, tower included and weights not; measured in a run of its own, and only with a part
 of the blocks. Times of one CPU thread are processor time, of several elapsed time; brackets: the
 smallest and largest speed-up of a round. "1/4 of the blocks": of tower and decoder, at their full
-width. –: not measured. [Every part, and towers alone](tower.csv). `python -m
+width. –: not measured. [Every part, and towers alone](../README.md#tables-as-csv). `python -m
 benchmarks.models.tower`, at full depth with `--headline`, towers alone with `--towers`."""
 PARTS = ("preprocess", "tower", "choose", "rest", "reduce", "prefill", "total")
 

@@ -62,7 +62,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def clips_page(stored: Any) -> str:
-    return page(stored, HEAD, "clip_answers.csv")
+    return page(stored, HEAD)
 
 
 CHANGED = {

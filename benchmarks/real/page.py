@@ -12,7 +12,7 @@ from benchmarks.accuracy.store import STORED_DEFAULT
 from benchmarks.accuracy.tables import BASELINES
 from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import runs_of
-from benchmarks.publishing import provenance, table
+from benchmarks.publishing import TABLES, provenance, table
 from recipes.photographs.items import LETTERS
 from recipes.photographs.sources import FURTHER, NAMES
 from tokencomp.evaluation.comparisons import comparisons
@@ -69,8 +69,8 @@ OTHERS = 8
 """Methods on a page, besides the default, its variants and the baselines."""
 
 
-def page(results: dict[str, Any], head: str = HEAD, data: str = "results.csv") -> str:
-    """Markdown of a result file, below the text `head`; `data` is the CSV file of `records`."""
+def page(results: dict[str, Any], head: str = HEAD) -> str:
+    """Markdown of a result file, below the text `head`."""
     below = BELOW if head == HEAD else ""
     if not results["learned"]:
         none = "\nNo family is learned, so there is no table of methods.\n"
@@ -78,7 +78,7 @@ def page(results: dict[str, Any], head: str = HEAD, data: str = "results.csv") -
     runs = read_runs(results)
     asked = (
         f"\nRight answers to {len(runs[0].records)} test questions of the learned families. "
-        f"[All methods and ratios, intervals, families, FLOPs and KV bytes]({data}).\n"
+        f"[All methods and ratios, intervals, families, FLOPs and KV bytes]({TABLES}).\n"
     )
     parts = [head, overview(runs), asked, families_table(results), _training(results), below]
     return "\n".join(parts)

@@ -1,6 +1,6 @@
 """What a tiny model answers about sessions of screens, with and without `delta`, per budget.
 
-    python -m benchmarks.screens.answers            # answers.json, answers.csv, answers.md
+    python -m benchmarks.screens.answers            # answers.json, answers.md
     python -m benchmarks.screens.answers --report   # only the page
 
 Needs the three models of `python -m recipes.screens.build` (plain, `--longer` and `--delta`). All

@@ -57,7 +57,7 @@ differently. In the stage with `delta`, {share:.0%} of the batches drop what it 
 threshold of 0 or 8. How much a large model loses, which was trained on other sequences, is not
 known.
 
-[All rows](answers.csv).
+[All rows](../README.md#tables-as-csv).
 """
 SHORT = (
     ("full", "whole"),

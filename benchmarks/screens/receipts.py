@@ -1,6 +1,6 @@
 """Which words of scanned receipts every method keeps: no labels and no answers, only boxes.
 
-    python -m benchmarks.screens.receipts FOLDER    # receipts.json, receipts.csv, receipts.md
+    python -m benchmarks.screens.receipts FOLDER    # receipts.json, receipts.md
     python -m benchmarks.screens.receipts --report  # only the page
 
 FOLDER is a checkout of the git repository zzzDavid/ICDAR-2019-SROIE, or its `data`. The rights of

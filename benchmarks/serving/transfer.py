@@ -1,6 +1,6 @@
 """Bytes that an encoder, a prefill and a decode in different processes hand to each other.
 
-    python -m benchmarks.serving.transfer             # → transfer.json, transfer.md, transfer.csv
+    python -m benchmarks.serving.transfer             # → transfer.json, transfer.md
     python -m benchmarks.serving.transfer --report    # only rebuilds the page
 
 One engine with vLLM's example connectors (`ECExampleConnector`, `ExampleConnector`) reads an image

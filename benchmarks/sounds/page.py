@@ -46,8 +46,8 @@ def page(results: dict[str, Any]) -> str:
     runs = read_runs(results["test"])
     asked = (
         f"\nRight answers to {len(runs[0].records)} test questions of the learned families. All "
-        "methods, intervals, families, FLOPs and KV bytes: [test](test.csv), "
-        "[validation](validation.csv).\n"
+        "methods, intervals, families, FLOPs and KV bytes: [test](../README.md#tables-as-csv), "
+        "[validation](../README.md#tables-as-csv).\n"
     )
     choice = choice_lines(results)
     return "\n".join([HEAD, overview(runs), asked, families_table(results), *choice, run, BELOW])

@@ -33,11 +33,14 @@ SLOW = (
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.long) if n in SLOW else n for n in pages.PAGES]
 )
-def test_pages_and_data_are_those_of_the_results(name: str) -> None:
+def test_pages_are_those_of_the_results(name: str) -> None:
     files = pages.PAGES[name]()
     assert files
     for path, text in files.items():
-        assert path.read_text() == text, path
+        if path.suffix == ".csv":  # not stored
+            assert len(text.splitlines()) > 1, path
+        else:
+            assert path.read_text() == text, path
 
 
 def test_tables_of_readers_are_what_the_sent_files_give() -> None:

@@ -96,7 +96,7 @@ family: [learned families](unseen/README.md), [counting](counting/README.md), an
 model has not learned (`chance/`). On videos, answers to families of `chance/`, and at 0.95 all but
 those of tiny-qwen3-vl, are of `condiv`, the default until 2026-12-02. Significant: p < 0.05 in an
 exact, two-sided McNemar test after Holm's correction over all comparisons.
-[Every comparison](baselines.csv). [Methods](METHODS.md)."""
+[Every comparison](../README.md#tables-as-csv). [Methods](METHODS.md)."""
 COLUMNS = ["model", "comparisons", "better", "significantly", "equal", "worse", "significantly"]
 
 

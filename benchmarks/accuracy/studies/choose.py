@@ -51,7 +51,7 @@ the models. Score: mean over all cells, ratio 0.95 included. Tied: the paired 95
 difference to the best includes 0. To spare: points above the bar (97 % at 0.5 and 0.75, 94 % at
 0.9, 80 % at 0.95) in the candidate's worst cell. Of the tied candidates, the one with most points
 to spare is chosen. [Rule and history](../../docs/decisions/0001-default-reducer.md). [All cells,
-by model](choice.csv). [Methods](METHODS.md)."""
+by model](../README.md#tables-as-csv). [Methods](METHODS.md)."""
 
 WITH_MERGING = """Every other token is merged into the most similar kept one, with weights. `condiv
 merge_rest=-1.0, proportional_attention=True` is how release 0.1 wrote `condiv merge=True`; without

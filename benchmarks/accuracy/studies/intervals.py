@@ -1,6 +1,6 @@
 """How often the 95 % intervals of tables hold the true value, by simulation.
 
-    python -m benchmarks.accuracy.studies.intervals    # accuracy/intervals.json, .csv and .md
+    python -m benchmarks.accuracy.studies.intervals    # accuracy/intervals.json and .md
 
 Two methods answer the same questions, and the true shares of questions that both, only one or none
 of them gets right are known. The bootstrap, which earlier tables used, is drawn for comparison.

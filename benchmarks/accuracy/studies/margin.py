@@ -31,7 +31,7 @@ INTRO = """Four margins of condiv (power 1) on 400 validation questions of every
 Columns and rule are those of the [choice of the default](choice.md); counting is in the CSV file
 for every model, though two of them have not learned it. [What led to the
 study](../../docs/decisions/0002-condiv-margin.md). [Accuracy by model, family and
-ratio](margin.csv)."""
+ratio](../README.md#tables-as-csv)."""
 
 
 def candidate(margin: float) -> Candidate:

@@ -24,7 +24,7 @@ HEAD = """# What do the newest methods keep on validation questions?
 
 `python -m benchmarks.accuracy.studies.newer`. Accuracy kept by the tiny Qwen3-VL. The default was
 chosen on these questions, which favours it. `random` is the mean of its seeds. [Differences from
-the default with intervals](newer.csv)."""
+the default with intervals](../README.md#tables-as-csv)."""
 
 
 def method(results: Results, label: str) -> str:

@@ -181,7 +181,7 @@ def files() -> Files:
     parts.append(table(["measured by, ratio", "theirs", "ours"], cells))
     parts.append("\n## Sources\n")
     parts += [f"- {s['name']}: {s['where']}; {s['what']}." for s in stored["sources"]]
-    parts.append("\n[All rows](order.csv).")
+    parts.append("\n[All rows](../README.md#tables-as-csv).")
     text, data = "\n".join(parts) + "\n", csv_text(every)
     return {ACCURACY / "order.md": text, ACCURACY / "order.csv": data}
 

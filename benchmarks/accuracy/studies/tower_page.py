@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks import publishing
 from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.studies.tower_book import CEILING, FULL, SMALLER, Sets
+from benchmarks.publishing import TABLES
 from tokencomp.evaluation.metrics import difference, retention
 
 RATIO, ENTRY = 0.75, "condiv"
@@ -21,12 +22,12 @@ smaller media where the tower takes any size, else a tower with interpolated pos
 to eight blocks. The usual videos have a fixed camera and objects that differ in colour from the
 background, which favours scores on pixels; hard videos pan, with noise in every frame, and half of
 them have textures in the colours of objects. No percentage here carries over to other models.
-[Every method, tower ratio and question family](tower.csv); `keyframes`, which chose whole frames
+[Every method, tower ratio and question family]({TABLES}); `keyframes`, which chose whole frames
 by thumbnails, is no longer part of tokencomp. [Methods](METHODS.md)."""
 DISTANCES = """Validation questions: share of the right answers of a full tower at the entry ratio
 that k-center keeps, by the weights of contrast and change (`std_weight`, `temporal_weight`; 0, 0
 compares average colours alone). The default is 1, 1, which has the largest mean at 0.75. The
-decoder used condiv of that time (power 1.0). [By question family](tower_distance.csv)."""
+decoder used condiv of that time (power 1.0). [By question family](../README.md#tables-as-csv)."""
 
 
 def page(sets: Sets) -> str:

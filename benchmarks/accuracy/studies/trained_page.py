@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.tables import NONE, SLACK, table
-from benchmarks.publishing import MARK, provenance
+from benchmarks.publishing import MARK, TABLES, provenance
 from tokencomp.evaluation.metrics import difference, mcnemar
 from tokencomp.evaluation.settings import DOWNSCALE, FULL
 
@@ -128,7 +128,7 @@ def markdown(name: str, tables: dict[str, Any], notes: str = "") -> str:
         f"{source['model']}, {source['split']} split of ShapesQA. Cells: accuracy divided by the "
         f"full model's on the same questions; columns: question set and ratio. `{DOWNSCALE}` is "
         "the full model on smaller media of as many tokens; –: not measured, or not reachable. "
-        f"[Intervals, paired tests and baselines]({name}.csv). [Methods](METHODS.md)."
+        f"[Intervals, paired tests and baselines]({TABLES}). [Methods](METHODS.md)."
     )
     if any("random" not in content["provenance"] for content in tables.values()):
         intro += " `random` uses one subset for all questions whose media have the same grid."
