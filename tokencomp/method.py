@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from tokencomp.errors import OptionError, PlanError, RatioError
+from tokencomp.errors import OptionError, PlanError, RatioError, UnknownOptionError
 from tokencomp.plan.counts import Budget, check_ratio, ratio_text
 from tokencomp.plan.options import (
     OPTIONS,
@@ -40,6 +40,7 @@ TOWER_SLACK = 1.6
 # (benchmarks/frontier).
 TOWER_MOST = 0.4
 TOWER = ("tower_ratio", "tower_reducer")
+FIELDS = ("budget", *TOWER, *OPTIONS)  # that `options` may contain as well
 
 
 def usual_ratio(reducer: str | Reducer) -> float:
@@ -59,8 +60,8 @@ class Method(StageOptions):
     Attributes
     ----------
     options
-        Options of the named reducer, as a dict. Those of stages among them, such as `merge`, are
-        moved to the fields of these names.
+        Options of the named reducer, as a dict. A `budget`, the tower's and those of stages among
+        them, such as `merge`, are moved to the fields of these names.
     ratio
         A number; 0 is off. A mapping from modalities to ratios goes to `ratios`.
     ratios
@@ -87,8 +88,8 @@ class Method(StageOptions):
     inherited: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        stage, options = split(self.options)
-        self._assign(**stage, options=options)
+        moved, options = split(self.options, FIELDS)
+        self._assign(**moved, options=options)
         if isinstance(self.ratio, Mapping):
             if not self.ratio:
                 raise RatioError(f"ratio={{}}: names no modality. Use {', '.join(MEDIA)}.")
@@ -218,9 +219,7 @@ class Method(StageOptions):
     @cached_property
     def built_reducer(self) -> Reducer:
         """The reducer object with its options."""
-        from tokencomp.reducers.registry import make_reducer
-
-        return make_reducer(self.reducer, **self.options)
+        return _made(self.reducer, self.options)
 
     @property
     def off(self) -> bool:
@@ -313,7 +312,7 @@ class Method(StageOptions):
         Parameters
         ----------
         changes
-            By field; options of the stages by name, also among `options`. None changes nothing.
+            By field, also among `options` as in a new method. None changes nothing.
 
         Returns
         -------
@@ -329,8 +328,8 @@ class Method(StageOptions):
         RatioError, UnknownNameError, OptionError, PlanError
             As `Method`; a ratio or option for the stages of a plan.
         """
-        stage, options = split(changes.get("options") or {})
-        given = {n: v for n, v in {**changes, **stage}.items() if v is not None}
+        moved, options = split(changes.get("options") or {}, FIELDS)
+        given = {n: v for n, v in {**changes, **moved}.items() if v is not None}
         given.pop("options", None)
         ratio, budget, plan = (given.pop(name, None) for name in ("ratio", "budget", "plan"))
         asked = one_amount(ratio, budget, plan)
@@ -361,9 +360,7 @@ class Method(StageOptions):
         self, reducer: str | Reducer, options: dict[str, Any], inherited: frozenset[str]
     ) -> dict[str, Any]:
         """Inherited options of the stages that are not for another reducer, as None."""
-        from tokencomp.reducers.registry import make_reducer
-
-        known = make_reducer(reducer, **options)
+        known = _made(reducer, options)
         lapsed: dict[str, Any] = {}
         for name in OPTIONS.keys() & inherited:
             value, usual = getattr(self, name), OPTIONS[name].meaning("auto")
@@ -395,6 +392,17 @@ class Method(StageOptions):
         options = json.dumps(self.options, sort_keys=True, default=str)
         amount = self.ratio, tuple(self.ratios.items()), self.built_budget, self.tower_ratio
         return hash((self.reducer, options, self.plan, amount))
+
+
+def _made(reducer: str | Reducer, options: dict[str, Any]) -> Reducer:
+    """The reducer with its options; an unknown one may be a misspelt argument of the method."""
+    from tokencomp.reducers.registry import make_reducer
+
+    try:
+        return make_reducer(reducer, **options)
+    except UnknownOptionError as error:
+        names = ", ".join(["ratio", *FIELDS])
+        raise UnknownOptionError(f"{error} Options of every method: {names}.") from None
 
 
 def _checked_ratios(ratios: Mapping[str, Any]) -> dict[str, float]:

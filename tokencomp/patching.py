@@ -19,18 +19,12 @@ from tokencomp.context_window import (
 )
 from tokencomp.engine.call import CallHooks
 from tokencomp.engine.hooks import CallGate, Hooks
-from tokencomp.errors import (
-    AlreadyCompressedError,
-    OptionError,
-    PlanError,
-    UnknownOptionError,
-)
+from tokencomp.errors import AlreadyCompressedError, OptionError, PlanError
 from tokencomp.handle import Handle, handle_of, make_plan
 from tokencomp.method import Method, usual_ratio
 from tokencomp.plan.options import Merging, one_amount
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.plan_json import PlanLike, as_plan
-from tokencomp.reducers.registry import ARGUMENTS
 from tokencomp.validation import check_choice
 
 
@@ -152,17 +146,14 @@ def patch(
         A call of the patched model is running, in any thread.
     """
     asked = one_amount(ratio, budget, plan) or {"ratio": usual_ratio(reducer)}
-    try:
-        spec = Method(
-            reducer,
-            options={**options, "merge": merge},
-            plan=None if plan is None else as_plan(plan),
-            tower_ratio=tower_ratio,
-            tower_reducer=tower_reducer,
-            **asked,
-        )
-    except UnknownOptionError as error:
-        raise UnknownOptionError(f"{error} Arguments of patch: {', '.join(ARGUMENTS)}.") from None
+    spec = Method(
+        reducer,
+        options={**options, "merge": merge},
+        plan=None if plan is None else as_plan(plan),
+        tower_ratio=tower_ratio,
+        tower_reducer=tower_reducer,
+        **asked,
+    )
     with _checked(model, spec) if verify else contextlib.nullcontext():
         return apply(model, spec, strict=strict, positions=positions, extend_context=extend_context)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -161,6 +162,22 @@ def test_a_wrong_setting_has_one_message_everywhere(
     for command in ("serve", "inspect"):
         assert run(command, *words(given)) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [{"nonsense": 1}, {"options": {"nonsense": 1}}])
+def test_an_unknown_option_has_one_message_everywhere(given: dict[str, Any], loaded: Any) -> None:
+    """At any place in JSON, a request or `hf_overrides`, as in Python and in evaluations."""
+    message = refusal(lambda: tokencomp.patch(loaded[0], nonsense=1))
+    server, config = ServerOptions(), SimpleNamespace(hf_config=SimpleNamespace(tokencomp=given))
+    calls: list[Callable[[], Any]] = [
+        lambda: ServerOptions.parse(json.dumps(given), "hf"),
+        lambda: ServerOptions.parse(configured_options(config), "vllm"),
+        *(functools.partial(server.resolve, given, name) for name in ("hf", "vllm", "sglang")),
+        lambda: Setting("auto", 0.5, given.get("options", given)),
+    ]
+    with tokencomp.patch(loaded[0], 0.25) as handle:
+        assert refusal(lambda: handle.set(nonsense=1)) == message
+    assert [refusal(call) for call in calls] == [message] * len(calls)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ TAKEN: list[tuple[tuple[str, ...], Any, Any, dict[str, Any]]] = [
     (ENGINES, HALF, None, {"ratio": 0.5, "budget": None}), (ENGINES, {}, HALF, {"ratio": 0.5}),
     (ENGINES, SEEDED, {"ratio": 0.25}, {"ratio": 0.25, "seed": 7}),
     (ENGINES, SEEDED, {"options": {"seed": 8}}, {"ratio": 0.5, "seed": 8}),
+    (ENGINES, SEEDED, {"seed": 8}, {"ratio": 0.5, "seed": 8}),  # as arguments of `patch`
+    (ENGINES, HALF, {"options": {"budget": 64}}, {"budget": 64, "ratio": 0}),
     (ENGINES, SEEDED, {"reducer": "uniform"}, {"ratio": 0.5, "name": "uniform"}),
     (ENGINES, SEEDED, {"ratio": 0}, {"active": False}),
     (ENGINES, {**HALF, "reducer": "auto"}, None, {"name": "auto"}),
@@ -102,6 +104,11 @@ REFUSED: list[tuple[tuple[str, ...], Any, Any]] = [
     (("hf",), {**HALF, **SELECTOR}, SELECTOR),
     (("hf",), {**HALF, **SELECTOR}, {"options": {"weights": None}}),
     (("hf",), HALF, {"reducer": "bipartite+prune", "options": {"prune.weights": "/etc/passwd"}}),
+    (("hf",), {**HALF, **SELECTOR}, {"reducer": "selector", "weights": "/etc/passwd"}),
+    *((ENGINES, HALF, wrong)
+      for wrong in ({"plan": "/etc/passwd"}, {"options": {"plan": [{"layer": 0, "fraction": 1}]}},
+                    {"options": {"options": {"seed": 1}}}, {"options": {"reducer": "uniform"}})),
+    (ENGINES, {**BUDGET, "max_ratio": 0.8}, {"options": {"budget": 512}}),
     *((ENGINES, HALF, {"reducer": name, "options": {option: value}})
       for name, option, value in (
           ("random", "seed", "x"), ("random", "seed", 1e30), ("random", "sead", 1),

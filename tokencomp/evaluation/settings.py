@@ -20,7 +20,6 @@ PLAN = "plan"
 RANDOM = "random"
 UNIFORM = "uniform"
 MERGE = "merge"
-BUDGET = "budget"
 DOWNSCALE = "downscale"
 FEWER_FRAMES = "fewer_frames"
 NATIVE = "native"
@@ -43,9 +42,7 @@ class Setting(Method):
     ratio
         In [0, 1); every method at 0 is the full model.
     options
-        Options of the reducer. Those of stages (`merge`), `tower_ratio`, `tower_reducer`, and for
-        "plan" its stages in JSON form as `plan`, may stand among them and are moved to the fields
-        of these names.
+        As in `Method`; for "plan" its stages in JSON form as `plan`.
     name
         Row label; by default the name of the reducer, or "plan".
     variant
@@ -63,17 +60,14 @@ class Setting(Method):
                 f"the uncompressed model ('{FULL}') takes no ratio and no options; got "
                 f"ratio={self.ratio}, budget={self.budget}, options={self.options}."
             )
-        options = dict(self.options)
-        for name in (BUDGET, *TOWER, *OPTIONS):
-            self._assign(**{name: options.pop(name, getattr(self, name))})
-        self._assign(options=options)
-        if self.reducer == PLAN or self.plan is not None:
-            plan = self.plan if self.plan is not None else plan_from_json(options.pop("plan", None))
-            reducer = "auto" if self.reducer in (PLAN, FULL) else self.reducer
-            self._assign(plan=plan, options=options, reducer=reducer)
+        if self.reducer == PLAN and self.plan is None:
+            options = dict(self.options)
+            self._assign(plan=plan_from_json(options.pop("plan", None)), options=options)
+        if self.plan is not None and self.reducer in (PLAN, FULL):
+            self._assign(reducer="auto")
+        super().__post_init__()
         if self.input_baseline and self.written_options:
             raise OptionError(f"{self.reducer!r} has no options; got {self.written_options}.")
-        super().__post_init__()
         if self.input_baseline and (self.built_budget is not None or self.ratios):
             raise OptionError(
                 f"{self.reducer!r} makes all media smaller by one ratio; got {self.shown_ratio}. "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_type_hints
@@ -227,10 +227,12 @@ def in_words(options: Mapping[str, Any]) -> list[str]:
     return [OPTIONS[name].words.get(v, f"{name}={v!r}") for name, v in options.items()]
 
 
-def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keyword arguments: the options of stages among them, and those of the reducer."""
-    stage = {name: value for name, value in options.items() if name in OPTIONS}
-    return stage, {name: value for name, value in options.items() if name not in OPTIONS}
+def split(
+    options: Mapping[str, Any], names: Container[str] = OPTIONS
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keyword arguments of these names, by default options of stages, and those of the reducer."""
+    named = {name: value for name, value in options.items() if name in names}
+    return named, {name: value for name, value in options.items() if name not in names}
 
 
 # One of the first arguments cannot be combined with one of the second, and why. "ratios" is a ratio

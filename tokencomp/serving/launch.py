@@ -205,9 +205,17 @@ def check_architecture(model: str, options: ServerOptions) -> bool:
     return True
 
 
-def run_vllm(model: str, options: dict[str, Any], bind: Bind, *more: Any) -> None:
+def run_vllm(
+    model: str,
+    options: dict[str, Any],
+    bind: Bind,
+    limits: Limits,
+    extra: Sequence[str],
+    paths: Sequence[str] = (),
+    routers: Sequence[str] = (),
+) -> None:
     """Replace this process with `vllm serve`; arguments and errors as of `vllm_command`."""
-    command, env = vllm_command(model, options, bind, *more)
+    command, env = vllm_command(model, options, bind, limits, extra, paths, routers)
     bind.warn_if_open()
     os.execve(command[0], command, env)
 

@@ -8,19 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tokencomp.errors import OptionError, RatioError, hint
-from tokencomp.method import TOWER, Method
+from tokencomp.errors import OptionError, RatioError
+from tokencomp.method import FIELDS, Method
 from tokencomp.plan.counts import MAX_RATIO, Budget, check_ratio
-from tokencomp.plan.options import OPTIONS
+from tokencomp.plan.options import split
 from tokencomp.serving import KEY, engines
 from tokencomp.serving.load import Step, parse_steps
 
 AMOUNTS = ("ratio", "budget")
-REQUEST_KEYS = ("reducer", *AMOUNTS, "options", *OPTIONS, *TOWER)
+REQUEST_KEYS = ("reducer", "ratio", "options", *FIELDS)
+SERVER_KEYS = ("max_ratio", "low_detail_ratio", "ratio_by_load", "per_request", "only_own")
 OPERATOR_OPTIONS = ("weights",)  # paths: what they name, and whether it exists, is not for clients
-SERVER_KEYS = (
-    *REQUEST_KEYS, "max_ratio", "low_detail_ratio", "ratio_by_load", "per_request", "only_own",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class ServerOptions:
         """
         if options is None:
             return cls()
-        values = as_mapping(options, SERVER_KEYS)
+        values = as_mapping(options)
         asked = values.get("ratio", 0.0)
         by_modality = asked if isinstance(asked, Mapping) else {}
         ratio = max(map(check_ratio, by_modality.values())) if by_modality else check_ratio(asked)
@@ -89,7 +87,7 @@ class ServerOptions:
                 raise OptionError(f"{name}={flags[name]!r}: expected true or false.")
         merging = bool(values.get("merge"))
         base = cls(Method(), max_ratio, merging=merging)
-        request = {k: v for k, v in values.items() if k in REQUEST_KEYS}
+        request = as_changes({k: v for k, v in values.items() if k not in SERVER_KEYS})
         if "budget" not in request:
             request["ratio"] = asked
         return replace(
@@ -131,7 +129,7 @@ class ServerOptions:
         `given` are its tokencomp options, in one field or two; `details` those of `low_detail`; a
         `ratio` by load replaces that of the default. Raises as `parse`.
         """
-        asked: list[Any] = [as_mapping(options, None) for options in given]
+        asked: list[Any] = [as_changes(options) for options in given]
         if not asked and (low := self.low_detail(details)) is not None:
             return low, False
         named = any(values.get(name) is not None for values in asked for name in AMOUNTS)
@@ -154,9 +152,8 @@ class ServerOptions:
                 "this server was started with per_request=false: leave 'tokencomp' out of the "
                 "request, or ask its operator."
             )
-        values = as_mapping(request, REQUEST_KEYS)
-        options = as_mapping(values.get("options"), None)
-        closed = [k for k in options if str(k).rpartition(".")[2] in OPERATOR_OPTIONS]
+        values = as_changes(request)
+        closed = [k for k in values["options"] if str(k).rpartition(".")[2] in OPERATOR_OPTIONS]
         if closed:
             raise OptionError(f"option {', '.join(closed)} is set by the server's operator only.")
         if self.max_ratio < MAX_RATIO and values.get("budget") is not None:
@@ -165,7 +162,7 @@ class ServerOptions:
                 f"{self.max_ratio}, and the ratio of a budget depends on the media. Give a "
                 "ratio."
             )
-        return self._resolved({**values, "options": options}, engine)
+        return self._resolved(values, engine)
 
     def _resolved(self, values: Mapping[str, Any], engine: str) -> Method:
         """The default with these values, within the bounds of the server and of the engine."""
@@ -173,9 +170,7 @@ class ServerOptions:
             check_ratio(None)
         if "budget" in values:
             Budget.of(values["budget"])
-        method = self.default.override(
-            {**values, "options": as_mapping(values.get("options"), None)}
-        )
+        method = self.default.override(values)
         largest = max([method.ratio, *method.ratios.values()])
         if largest > self.max_ratio:
             raise RatioError(
@@ -184,8 +179,15 @@ class ServerOptions:
         return engines.engine(engine, self.merging).fit(method)
 
 
-def as_mapping(value: Any, allowed: tuple[str, ...] | None) -> dict[str, Any]:
-    """A dict with checked keys, from None, a mapping, or JSON text."""
+def as_changes(value: Any) -> dict[str, Any]:
+    """Options of a request as changes of `Method.override`; others are options of the reducer."""
+    named, others = split(as_mapping(value), REQUEST_KEYS)
+    moved, options = split({**others, **as_mapping(named.pop("options", None))}, FIELDS)
+    return {**named, **moved, "options": options}
+
+
+def as_mapping(value: Any) -> dict[str, Any]:
+    """A dict from None, a mapping, or JSON text."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -199,12 +201,5 @@ def as_mapping(value: Any, allowed: tuple[str, ...] | None) -> dict[str, Any]:
         raise OptionError(
             f"tokencomp={reprlib.repr(value)}: expected an object such as "
             '{"reducer": "divprune", "ratio": 0.5, "options": {}} or {"budget": 512}.'
-        )
-    wrong = [k for k in value if allowed is not None and k not in allowed]
-    if wrong:
-        raise OptionError(
-            f"tokencomp options have no {', '.join(map(repr, wrong))}."
-            f"{hint(str(wrong[0]), allowed or ())} Allowed: {', '.join(allowed or ())}; options of "
-            "the reducer itself go under 'options'."
         )
     return dict(value)
