@@ -88,8 +88,21 @@ def dense(value: Any, depth: int = 0) -> str:
         first, last = "{}"
     else:
         parts, (first, last) = [dense(v, depth + 1) for v in value], "[]"
+        if not any(isinstance(v, dict | list) for v in value):
+            parts = _filled(parts)
     lines = [f"{' ' * (depth + 1)}{part}" for part in parts]
     return "\n".join([first, ",\n".join(lines), f"{' ' * depth}{last}"])
+
+
+def _filled(parts: Iterable[str]) -> list[str]:
+    """Numbers and words, as many in a line as fit."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + len(part) < WIDTH:
+            lines[-1] += f",{part}"
+        else:
+            lines.append(part)
+    return lines
 
 
 def table(
