@@ -44,9 +44,8 @@ def test_named_shapes_are_the_published_ones(name: str) -> None:
     assert set(accepted(model, inputs)) <= set(inputs)
 
 
-def test_recorded_roofline_is_that_of_the_code() -> None:
-    ((path, table),) = roofline.files().items()
-    assert table == path.read_text()
+def test_the_roofline_is_the_data_that_must_move() -> None:
+    (table,) = roofline.files().values()
     # 7B layer, 8k rows, half kept, bf16: hidden 3584, cos, sin, K and V of 4 x 128 each, a mask of
     # bool and three int64 positions, read and written once: 4096 rows.
     moved = 2 * 4096 * (2 * (3584 + 2 * 128 + 2 * 4 * 128) + 1 + 3 * 8)
