@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.report import kept
 from benchmarks.accuracy.store import MAIN, RESULTS, Results
-from benchmarks.accuracy.tables import kept
 from benchmarks.models import prefill
 from benchmarks.publishing import read_lines, table
 

@@ -44,8 +44,7 @@ from benchmarks.long import choice as long_choice
 from benchmarks.long import page as long_answers
 from benchmarks.models import chunked_prefill, decoding, prefill, rounding, total
 from benchmarks.models import tower as first_token
-from benchmarks.mutants import page as mutants
-from benchmarks.mutants.run import read as read_mutants
+from benchmarks.mutants import __main__ as mutants
 from benchmarks.peers import run as peers
 from benchmarks.publishing import FOLDER
 from benchmarks.real import candidates, clip_answers, clips
@@ -95,7 +94,7 @@ PAGES: dict[str, Callable[[], Files]] = {
     "frontier": frontier.files,
     "kernels/roofline": roofline.files,
     "mutants": lambda: {
-        mutants.PAGE: mutants.page(read_mutants(), json.loads(mutants.RESULTS.read_text()))
+        mutants.PAGE: mutants.page(mutants.read(), json.loads(mutants.RESULTS.read_text()))
     },
     "long": long_answers.files,
     "long/choice": lambda: long_choice.files(long_answers.FOLDER),

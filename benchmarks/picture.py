@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 import tokencomp
+from benchmarks.accuracy.report import BASELINES, kept
 from benchmarks.accuracy.store import RESULTS, Results
-from benchmarks.accuracy.tables import BASELINES, kept
 from tokencomp.cli import one_message
 from tokencomp.inputs.media import load_media
 from tokencomp.inputs.prompts import build_inputs, generate

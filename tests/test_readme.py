@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import figures
+from benchmarks.accuracy.report import record
 from benchmarks.accuracy.store import ACCURACY, Results
-from benchmarks.accuracy.studies import tower_book
-from benchmarks.accuracy.tables import record
-from benchmarks.frontier.grid import points
-from benchmarks.frontier.page import Measured, stored
+from benchmarks.accuracy.studies import tower
+from benchmarks.frontier.page import Measured, points, stored
 from tokencomp.method import Method
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +95,7 @@ def test_figures_of_the_text_are_those_of_their_pages() -> None:
     said = re.search(r"came ([\d.]+) times as soon, and \[([\d.]+) times\]", text)
     keys = ("ratio 0.75", "ratio 0.75, tower ratio 0.6")
     assert said and [float(x) for x in said.groups()] == [round(times[key], 1) for key in keys]
-    answers = tower_book.read(ACCURACY / "tower.json")["qwen3-images"]["answers"].correct
+    answers = tower.read_sets(ACCURACY / "tower.json")["qwen3-images"]["answers"].correct
     said = re.search(r"keeps \[([\d.]+) %\]\S* of its accuracy on images, and ([\d.]+) %", text)
     wanted = [sum(answers[key]) / sum(answers["full@0"]) for key in ("kcenter@0.6", "entry only@0")]
     assert said

@@ -9,14 +9,18 @@ the index range where the question set has that form.
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks import publishing
+from benchmarks.publishing import write
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.runs import EvalRun
 
@@ -194,3 +198,77 @@ class PackedAnswers:
 
 
 PARTS = ("correct", "agrees")
+
+
+def read_sets(stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Entries by the name of a question set, with `answers` unpacked."""
+    return {
+        name: {**entry, "answers": PackedAnswers.from_json(entry["answers"])}
+        for name, entry in stored.items()
+    }
+
+
+def stored_sets(sets: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What `read_sets` reads."""
+    return {name: {**entry, "answers": entry["answers"].to_json()} for name, entry in sets.items()}
+
+
+COSTS = ("achieved_ratio", "flops", "kv_bytes", "achieved")
+COUNTED = ("items", "failed", "accuracy")  # of a setting: all are answered
+USUAL = {"options": {}, "run": 0}  # of a setting, where it does not say
+
+
+def write_sweep(path: Path, manifest: Mapping[str, Any], answers: Mapping[str, Any]) -> None:
+    """Write a sweep; what follows from something else, or is equal, is written once.
+
+    `shared` has the costs of settings and modalities, which these name by number. `answers` of a
+    setting are its packed bits, from which it follows how many answers are right.
+
+    Parameters
+    ----------
+    manifest
+        See `Results`.
+    answers
+        `PackedAnswers.to_json()`.
+    """
+    shared: dict[str, int] = {}
+
+    def number(value: Any) -> int:
+        return shared.setdefault(json.dumps(value), len(shared))
+
+    settings = {}
+    for label, setting in manifest["settings"].items():
+        kept = {k: v for k, v in setting.items() if k not in (*COSTS, *COUNTED)}
+        kept = {k: v for k, v in kept.items() if k not in USUAL or v != USUAL[k]}
+        if "work" in kept:
+            kept["work"] = {kind: number(parts) for kind, parts in kept["work"].items()}
+        kept["cost"] = number({k: setting[k] for k in COSTS if k in setting})
+        settings[label] = {**kept, "answers": [answers[part][label] for part in PARTS]}
+    content = {
+        **manifest,
+        "shared": [json.loads(text) for text in shared],
+        "settings": settings,
+        "questions": answers["questions"],
+    }
+    write(path, content)
+
+
+def read_sweep(path: Path) -> dict[str, Any]:
+    """The manifest of a sweep, with `answers` as `PackedAnswers.to_json` gives them."""
+    stored = publishing.read(path)
+    if "shared" not in stored:  # as older checkouts wrote them
+        return stored
+    shared, questions = stored.pop("shared"), stored.pop("questions")
+    answers: dict[str, Any] = {"questions": questions, **{part: {} for part in PARTS}}
+    for label, setting in stored["settings"].items():
+        bits = dict(zip(PARTS, setting.pop("answers"), strict=True))
+        for part, text in bits.items():
+            answers[part][label] = text
+        for name, value in USUAL.items():
+            setting.setdefault(name, copy.copy(value))
+        right = sum(unpack(bits["correct"], stored["items"]))
+        setting |= {"items": stored["items"], "failed": 0, "accuracy": right / stored["items"]}
+        setting |= shared[setting.pop("cost")]
+        if "work" in setting:
+            setting["work"] = {kind: shared[i] for kind, i in setting["work"].items()}
+    return {**stored, "answers": answers}

@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.compact import read_sweep, write_sweep
-from benchmarks.accuracy.packed import PackedAnswers
+from benchmarks.accuracy.packed import PackedAnswers, read_sweep, write_sweep
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL, RANDOM, Setting

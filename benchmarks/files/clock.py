@@ -68,7 +68,7 @@ torch.set_num_threads(1)
 import tokencomp
 from benchmarks.models import shapes
 from tokencomp.evaluation import timing
-from benchmarks.models.architectures import ARCHITECTURES
+from benchmarks.models.shapes import ARCHITECTURES
 class CPU:
     mark = staticmethod(time.process_time)
     def between(self, start, stop):

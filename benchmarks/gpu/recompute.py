@@ -13,11 +13,10 @@ from pathlib import Path
 from benchmarks import publishing
 from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.experiment import Files, write
-from benchmarks.gpu import serving_file
+from benchmarks.gpu import contribution
 from benchmarks.gpu.catalogue import LOADS, TABLES, LoadTable, Table
-from benchmarks.gpu.contribution import Contribution, Row, read, schema
-from benchmarks.gpu.hour_file import MANIFEST, HourFile, hours_page, read_hour
-from benchmarks.gpu.serving_file import ServingFile
+from benchmarks.gpu.contribution import Contribution, Row, ServingFile, read, schema
+from benchmarks.gpu.hour import MANIFEST, HourFile, hours_page, read_hour
 from tokencomp.evaluation.comparisons import comparisons, losses
 from tokencomp.evaluation.metrics import Difference
 from tokencomp.evaluation.runs import EvalRun, averaged
@@ -86,7 +85,7 @@ def _serving(file: ServingFile) -> str:
         f"{about.date[:10]}. First token: median and 95th percentile over the answered requests. "
         "Factors (×) are against ratio 0 at as many clients.\n"
     )
-    return "\n".join([facts, *serving_file.table_lines(file.loads), ""])
+    return "\n".join([facts, *contribution.table_lines(file.loads), ""])
 
 
 def _accuracy(file: Contribution) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from benchmarks.gpu.catalogue import LOADS, LoadTable
+from benchmarks.gpu.contribution import Load, ServingFile, table_lines
 from benchmarks.gpu.load import load, server
-from benchmarks.gpu.serving_file import Load, ServingFile, table_lines
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.environment import environment
 from tokencomp.storage import read_object, write_json, write_lines, write_text

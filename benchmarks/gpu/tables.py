@@ -15,9 +15,8 @@ import argparse
 from pathlib import Path
 
 from benchmarks.gpu.catalogue import LOADS, TABLES, LoadTable, Table, table
-from benchmarks.gpu.contribution import Contribution, collect
+from benchmarks.gpu.contribution import Contribution, ServingFile, collect
 from benchmarks.gpu.serve_table import collect_loads, run_loads
-from benchmarks.gpu.serving_file import ServingFile
 from benchmarks.publishing import changed_code
 from tokencomp.cli import main as tokencomp
 from tokencomp.errors import OptionError, TokenCompError

@@ -36,12 +36,25 @@ from triton.compiler.compiler import ASTSource
 
 from benchmarks import publishing
 from benchmarks.experiment import Experiment
-from benchmarks.kernels.attention_cases import ccam, colsum
-from benchmarks.kernels.case import OPS, Case, Setup
-from benchmarks.kernels.cases import CASES
+from benchmarks.kernels.cases import (
+    CASES,
+    OPS,
+    Case,
+    Setup,
+    ccam,
+    colsum,
+    dpp,
+    facility,
+    gather,
+    match,
+    maxmin,
+    mean_distance,
+    merge,
+    nearest,
+    pool,
+    topk_spans,
+)
 from benchmarks.kernels.launches import Launch, record, specialise
-from benchmarks.kernels.row_cases import gather, match, merge, nearest, pool
-from benchmarks.kernels.selection_cases import dpp, facility, maxmin, mean_distance, topk_spans
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = [80, 90, 100]

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from benchmarks.kernels.case import OPS, Setup
+from benchmarks.kernels.cases import OPS, Setup
 
 
 @dataclass
@@ -78,7 +78,7 @@ def record(setups: list[Setup], dtype: torch.dtype, multiprocessors: int) -> lis
         name = str(dtype).removeprefix("torch.")
         launches.append(Launch(kernel, current, name, arguments, options))
 
-    random = mock.patch("benchmarks.kernels.case.random_values", _uninitialised)
+    random = mock.patch("benchmarks.kernels.cases.random_values", _uninitialised)
     with recording(note, multiprocessors), random:
         for setup in setups:
             case = setup(torch.device("cpu"), dtype, 1.0)

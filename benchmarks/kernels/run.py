@@ -24,8 +24,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import publishing
-from benchmarks.kernels.case import OPS, Case
-from benchmarks.kernels.cases import CASES
+from benchmarks.kernels.cases import CASES, OPS, Case
 from benchmarks.kernels.roofline import GPUS, bound, find, floor_seconds
 from tokencomp.evaluation import timing
 

@@ -22,11 +22,19 @@ import torch
 from benchmarks import publishing
 from benchmarks.experiment import write
 from benchmarks.long import choice, forced
-from benchmarks.long.answers import add_answers, items_of
+from benchmarks.long.answers import (
+    CHOICE_RATIOS,
+    KINDS,
+    MERGED,
+    RATIOS,
+    Answers,
+    add_answers,
+    items_of,
+    pack,
+    path_of,
+)
 from benchmarks.long.confirm import CONFIRMATIONS, confirm
 from benchmarks.long.page import FOLDER, MODEL, files
-from benchmarks.long.settings import CHOICE_RATIOS, KINDS, MERGED, RATIOS
-from benchmarks.long.stored import Answers, pack, path_of
 from tokencomp import zoo
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import Setting

@@ -19,9 +19,7 @@ from benchmarks.accuracy.studies import ranking
 from benchmarks.accuracy.studies.choose import SCORED, VIDEOS, WEIGHTED, evidence
 from benchmarks.accuracy.studies.ranking import Candidate, by_modality, by_ratio
 from benchmarks.experiment import Files
-from benchmarks.long.measures import Group
-from benchmarks.long.settings import CHOICE_RATIOS, KINDS, STEPS
-from benchmarks.long.stored import Answers, path_of
+from benchmarks.long.answers import CHOICE_RATIOS, KINDS, STEPS, Answers, Group, path_of
 from benchmarks.publishing import csv_text, dense, provenance, table
 from tokencomp.evaluation.settings import FULL, MERGE
 

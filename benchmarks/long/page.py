@@ -7,18 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiment import Files
-from benchmarks.long import confirm_page, forced_page
-from benchmarks.long.confirm import CONFIRMATIONS
-from benchmarks.long.measures import LENGTHS, PLACES, Group, by_length, by_place, methods_of
-from benchmarks.long.settings import (
+from benchmarks.long import confirm
+from benchmarks.long import forced as teacher
+from benchmarks.long.answers import (
     DEFAULT,
     IMAGE_FAMILIES,
     KINDS,
+    LENGTHS,
     MIDDLE,
+    PLACES,
     RATIOS,
+    Answers,
+    Group,
+    by_length,
+    by_place,
     group_name,
+    methods_of,
 )
-from benchmarks.long.stored import Answers
+from benchmarks.long.confirm import CONFIRMATIONS
 from benchmarks.publishing import csv_text, provenance, read, table
 from tokencomp.evaluation.settings import DOWNSCALE, FULL, RANDOM, UNIFORM
 
@@ -207,7 +213,7 @@ def page(
             clip_facts=facts["clips"],
         ),
         _short(answers, rows),
-        *(confirm_page.short(name, here) for name, here in again.items()), "",
+        *(confirm.short(name, here) for name, here in again.items()), "",
         "## Images\n", _main_table(rows, "images"), "",
         f"By family, ratio {MIDDLE}:\n", _family_table(rows, MIDDLE), "",
         "## Clips\n", f"The full model has {clips['right']:.1%} of the facts right.\n",
@@ -225,8 +231,8 @@ def page(
     for kind in KINDS:
         parts += [f"**{kind.capitalize()}**\n", _errors(answers, rows, kind), ""]
     if forced is not None:
-        parts += [forced_page.section(forced)]
-    parts += [confirm_page.section(name, answers, here) for name, here in again.items()]
+        parts += [teacher.section(forced)]
+    parts += [confirm.section(name, answers, here) for name, here in again.items()]
     parts += ["## Provenance\n", *(f"- {provenance(about)}" for about in answers.about)]
     parts += [f"- {provenance(about)}" for about in (forced or {"about": []})["about"]]
     parts += [f"- {provenance(about)}" for here in again.values() for about in here.about]

@@ -39,9 +39,8 @@ import tokencomp
 from benchmarks import publishing
 from benchmarks.experiment import Experiment
 from benchmarks.models.prefill import peak_of
-from benchmarks.models.tower_alone import tower_rows
-from benchmarks.models.tower_page import CASES, RATIO, SHARES, page, rows_of
 from benchmarks.models.tower_parts import (
+    STEPS,
     UNIT,
     Marks,
     Timed,
@@ -51,6 +50,87 @@ from benchmarks.models.tower_parts import (
     later_token,
     qwen_inputs,
 )
+from tokencomp.plan.plan import Plan, TowerStage
+
+MIB = 2**20
+RATIO = 0.75
+SHARES = {"recommended": 0.4, "both": 0.6}
+"""Tower ratios: what the frontier recommends for images, and more."""
+CASES = {
+    "qwen-tower": "tower of Qwen2-VL-2B and 7B, one image of 1,024 tokens",
+    "siglip-tower": "SigLIP-so400m, 384 px, one frame of LLaVA-OneVision",
+    "qwen-image": "Qwen2-VL-2B, one image of 1,024 tokens",
+    "qwen-video": "Qwen2-VL-2B, a video of 32 frames",
+}
+LABELS = {
+    "full": "full",
+    "decoder": f"ratio {RATIO}",
+    **{key: f"ratio {RATIO}, tower ratio {share}" for key, share in SHARES.items()},
+}
+BELOW = f"""Time to the first token of real shapes with random weights. Patches are dropped before
+block 0 of the tower, chosen by k-center on pixels; the decoder keeps {1 - RATIO:g} of the visual
+tokens with the default method, which merges the rest of what the tower has computed. The KV cache
+holds a merged token once.
+Per later token: median of {STEPS} single-token steps, each of which reads all weights of the
+decoder and the KV cache, the smaller part at this length. Peak memory: what is allocated during the
+prefill at most, tower included and weights not; measured in a run of its own, and only with a part
+of the blocks. Times of one CPU thread are processor time, of several elapsed time; brackets: the
+smallest and largest speed-up of a round. "1/4 of the blocks": of tower and decoder, at their full
+width. –: not measured. [Every part, and towers alone](../README.md#tables-as-csv). `python -m
+benchmarks.models.tower`, at full depth with `--headline`, towers alone with `--towers`."""
+PARTS = ("preprocess", "tower", "choose", "rest", "reduce", "prefill", "total")
+
+
+def page(records: list[dict[str, Any]]) -> str:
+    """The page of the benchmark."""
+    rows = []
+    for r in (r for r in records if "parts" in r):
+        for key, parts in r["parts"].items():
+            pairs = r.get("pairs", {}).get(key, ())
+            spread = f" [{min(pairs):.2f}, {max(pairs):.2f}]" if len(pairs) > 1 else ""
+            times = [f"{parts[part]:.2f} s" for part in ("tower", "prefill", "total")]
+            facts = [f"{r['speedup'][key]:.2f}×{spread}", *after(parts)]
+            facts += [str(r["rounds"]), r["machine"]]
+            rows.append([f"{CASES[r['case']]}", LABELS[key], *times, *facts])
+    head = ["prompt", "", "tower", "prefill", "total", "speed-up"]
+    head += ["KV cache", "peak memory", "per later token", "rounds", "machine"]
+    title = "# How much sooner is the first token, and what happens to memory and decoding?"
+    return "\n\n".join([title, publishing.table(head, rows), BELOW.replace("\n", " ")])
+
+
+def after(parts: dict[str, float]) -> list[str]:
+    """KV cache, peak memory and time per later token, where they were measured."""
+    cells = {"kv_bytes": (MIB, ".1f", "MiB"), "peak_bytes": (MIB, ".0f", "MiB")}
+    cells["later_token"] = (1e-3, ".0f", "ms")
+    return [
+        f"{parts[name] / unit:{digits}} {word}" if name in parts else "–"
+        for name, (unit, digits, word) in cells.items()
+    ]
+
+
+def mib(size: float | None) -> float | None:
+    return None if size is None else size / MIB
+
+
+def rows_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the CSV file, in seconds and MiB: whole models by part, and towers alone."""
+    rows = [
+        {"case": CASES[r["case"]], "tokens": r["tokens"], "setting": LABELS[key]}
+        | {part: parts[part] for part in PARTS}
+        | {"speedup": r["speedup"][key], "later_token": parts.get("later_token")}
+        | {f"{k}_mib": mib(parts.get(f"{k}_bytes")) for k in ("kv", "peak")}
+        | {"rounds": r["rounds"], "machine": r["machine"]}
+        for r in records
+        if "parts" in r
+        for key, parts in r["parts"].items()
+    ]
+    for r in compared(records):
+        setting = f"tower alone, tower ratio {r['tower_ratio']:g}"
+        facts = {"case": CASES[r["case"]], "setting": setting, "tower": r["seconds"]}
+        facts |= {"choose": r["choose_s"], "full_tower": r["full_s"], "flop_limit": r["flop_limit"]}
+        rows.append(facts | {k: r[k] for k in ("speedup", "rounds", "machine")})
+    return rows
+
 
 HEADLINE = {"cases": ["qwen-image", "qwen-video"], "rounds": 2, "threads": 2, "minutes": 7.5}
 TOWERS = {"cases": ["qwen-tower", "siglip-tower"], "rounds": 1, "minutes": 7.5}
@@ -209,6 +289,130 @@ def stored_page(records: list[dict[str, Any]]) -> str:
 
 def stored_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows_of(in_order(records))
+
+
+TOWER_RATIOS = (0.0, 0.25, 0.5, 0.6, 0.75)
+
+Record = dict[str, Any]
+
+
+class TowerCase:
+    """A tower, its input, and what one run of it costs.
+
+    Parameters
+    ----------
+    name
+        "qwen-tower" or "siglip-tower".
+    side
+        Pixels per side of the picture of "qwen-tower".
+    """
+
+    def __init__(self, name: str, args: argparse.Namespace, side: int = 32 * UNIT) -> None:
+        self.name, self.clock = name, clock_of(args.device, args.threads)
+        frames = name == "siglip-tower"
+        self.model = build("llava-onevision-0.5b" if frames else "qwen2-vl-2b", args, layers=1)
+        # The method is looked up by name in every call, because a patch replaces it.
+        self.encode = "get_video_features" if frames else "get_image_features"
+        if frames:
+            pixels = torch.randn(1, 1, 3, 384, 384, dtype=getattr(torch, args.dtype))
+            self.inputs: dict[str, Any] = {
+                "pixel_values_videos": pixels.to(args.device),
+                "vision_feature_layer": -1,
+                "vision_feature_select_strategy": "full",
+            }
+        else:
+            inputs = qwen_inputs(self.model, 0, side, args)["inputs"]
+            self.inputs = {n: inputs[n] for n in ("pixel_values", "image_grid_thw")}
+
+    def run(self, ratio: float) -> tuple[float, float, float]:
+        """Seconds of one call, seconds of choosing among them, and the speed-up by FLOPs."""
+        if not ratio:
+            return self._seconds(), 0.0, 1.0
+        spent: list[float] = []
+        plan = Plan((), TowerStage(0, 1 - ratio, Timed(clock=self.clock, spent=spent)))
+        with tokencomp.patch(self.model, plan=plan) as handle:
+            seconds = self._seconds()
+            # The tower ran alone, so there is no prefill whose stats would say this.
+            (cost,) = handle._hooks.decoder.tower.drop.collect(1)
+        before, after = zip(cost.tower_flops, cost.projector_flops, strict=True)
+        return seconds, sum(spent), sum(before) / sum(after)
+
+    @torch.inference_mode()
+    def _seconds(self) -> float:
+        start = self.clock()
+        getattr(self.model.model, self.encode)(**self.inputs)
+        return self.clock() - start
+
+
+def tower_rows(
+    name: str, args: argparse.Namespace, records: list[Record], facts: Record
+) -> Iterator[Record]:
+    """Records of one tower, each with one more round than it had, until none is missing.
+
+    Parameters
+    ----------
+    records
+        What is stored. Rounds of other machines, hardware or versions do not count, and with
+        `args.again` none does.
+    facts
+        `machine` and `environment` of this run.
+    """
+    rows = {r: _started(name, r, records, facts) for r in TOWER_RATIOS}
+    if args.again:
+        rows = {r: _started(name, r, [], facts) for r in TOWER_RATIOS}
+    case: TowerCase | None = None
+    for number in range(args.rounds):
+        for ratio, row in rows.items():
+            if len(row["seconds"]) > number:
+                continue
+            if case is None:
+                case = TowerCase(name, args)
+                case.run(TOWER_RATIOS[-1])  # warm-up, on the smallest
+            seconds, chosen, row["flop_limit"] = case.run(ratio)
+            row["seconds"].append(seconds)
+            row["choose_s"].append(chosen)
+            print(f"{name}: tower ratio {ratio:g}, {seconds:.2f} s", flush=True)
+            yield {**row, **facts}
+
+
+def _started(name: str, ratio: float, records: list[Record], facts: Record) -> Record:
+    """The row that is stored, if it can go on here, or an empty one."""
+    fresh: Record = {"case": name, "tower_ratio": ratio, "seconds": [], "choose_s": []}
+    own = {**fresh, **facts}
+    return next((r for r in records if _place(r) == _place(own)), fresh)
+
+
+def _place(record: Record, alike: tuple[str, ...] = ("case", "tower_ratio", "machine")) -> Record:
+    """What two measurements share that belong together."""
+    made = record.get("environment", {})
+    return {
+        **{name: record.get(name) for name in alike},
+        **{name: made.get(name) for name in ("versions", "hardware")},
+    }
+
+
+def compared(records: list[Record]) -> list[Record]:
+    """Rows with a tower stage beside the full tower that was measured in the same place.
+
+    Returns
+    -------
+    list of dict
+        case, tower_ratio, rounds, machine; medians full_s, seconds, choose_s; speedup, flop_limit.
+    """
+    result, alike = [], ("case", "machine")
+    whole = [r for r in records if r.get("tower_ratio") == 0]
+    for row in (r for r in records if r.get("tower_ratio")):
+        for full in (r for r in whole if _place(r, alike) == _place(row, alike)):
+            medians = {k: statistics.median(row[k]) for k in ("seconds", "choose_s")}
+            before = statistics.median(full["seconds"])
+            result.append(
+                {
+                    **{k: row[k] for k in ("case", "tower_ratio", "machine", "flop_limit")},
+                    **medians, "full_s": before, "speedup": before / medians["seconds"],
+                    "rounds": min(len(row["seconds"]), len(full["seconds"])),
+                }
+            )  # fmt: skip
+    return result
 
 
 OPTIONS: dict[str, Any] = {

@@ -24,9 +24,8 @@ from benchmarks.accuracy.store import Results
 from benchmarks.experiment import Experiment
 from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import runs_of
-from benchmarks.real.page import HERE
-from benchmarks.real.page import RESULTS as TEST_RESULTS
-from benchmarks.real.run import packed
+from benchmarks.real.run import HERE, packed
+from benchmarks.real.run import RESULTS as TEST_RESULTS
 from recipes.photographs.build import FOLDER
 from recipes.photographs.items import LETTERS, StampItem, items
 from recipes.photographs.sources import TUXPAINT, Photos

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiment import Experiment
-from benchmarks.real.page import page, records
-from benchmarks.real.run import METHODS, OPTIONS, Pairs, answered
+from benchmarks.real.run import METHODS, OPTIONS, Pairs, answered, page, records
 from recipes.photographs.build import FOLDER
 from recipes.photographs.clip_questions import ClipItem, clip_items
 from recipes.photographs.scenes import Library

@@ -20,8 +20,7 @@ from typing import Any
 
 from benchmarks import publishing
 from benchmarks.experiment import Experiment
-from benchmarks.serving.model import SHAPES
-from benchmarks.serving.run import PLAN, SIZES, random_model, run, vllm_version
+from benchmarks.serving.run import PLAN, SHAPES, SIZES, random_model, run, vllm_version
 
 RATIO = 0.75
 CLIENTS = (1, 4, 16, 32)

@@ -17,7 +17,7 @@ from support.families import FAMILIES
 from torch import nn
 
 import tokencomp
-from benchmarks.accuracy import run, store, tables
+from benchmarks.accuracy import report, run, store
 from benchmarks.accuracy.store import Results
 from benchmarks.accuracy.studies import baselines, ranking
 from tokencomp import make_reducer
@@ -40,8 +40,8 @@ def test_learned_is_decided_by_validation_and_the_blind_guess(unpublished: Path)
 def test_a_record_by_plain_counting(unpublished: Path) -> None:
     """Two families of 40 questions are learned; a label answers the first ones of each."""
     results = results_of(unpublished, {**SHARES, "condiv-0.9": 0.6, "bipartite-0.9": 0.2})
-    assert tables.kept(results, "condiv-0.9", "images").value == pytest.approx(24 / 28)
-    records = {label: tables.record(results, label) for label in results.settings}
+    assert report.kept(results, "condiv-0.9", "images").value == pytest.approx(24 / 28)
+    records = {label: report.record(results, label) for label in results.settings}
     one = records["condiv-0.9"]
     assert one["kept_both"] == pytest.approx(24 / 28) and one["kept_both_low"] < one["kept_both"]
     assert one["accuracy"] == 0.6 and one["vs_full"] == pytest.approx(-0.1)
@@ -58,15 +58,15 @@ def test_the_mean_of_the_seeds_is_the_baseline(unpublished: Path) -> None:
     """60 against the mean of 35 and 45 %."""
     shares = {**SHARES, "random-0.9-seed=1": 0.45, "condiv-0.9": 0.6}
     results = results_of(unpublished, shares).averaged()
-    assert tables.record(results, "condiv-0.9")["vs_random"] == pytest.approx(0.2)
-    random = tables.record(results, "random-0.9")
+    assert report.record(results, "condiv-0.9")["vs_random"] == pytest.approx(0.2)
+    random = report.record(results, "random-0.9")
     assert random["seeds"] == 2 and random["accuracy"] == pytest.approx(0.4)
 
 
 def test_losses_per_family_by_plain_counting(unpublished: Path) -> None:
     shares = {**SHARES, "condiv-0.9": 0.6}
     results = results_of(unpublished, shares, bonus={("position", "random-0.9"): 1.0})
-    every = tables.compare_families(results, "condiv")
+    every = report.compare_families(results, "condiv")
     losses = [one for one in every if one.lost]
     counts = {(one.family, one.base): (one.test.wins, one.test.losses) for one in losses}
     expected = {("position", "random"): (0, 16)}  # 24 of 40 right, against all

@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import hour, recompute
-from benchmarks.gpu.contribution import collect, read
-from benchmarks.gpu.hour_file import MANIFEST
-from benchmarks.gpu.hour_parts import Part
-from benchmarks.gpu.serving_file import ServingFile, percentile, table_lines
+from benchmarks.gpu.contribution import ServingFile, collect, percentile, read, table_lines
+from benchmarks.gpu.hour import MANIFEST, Part
 from tokencomp.evaluation.metrics import difference
 
 COMMANDS = {

@@ -8,11 +8,19 @@ import pytest
 import torch
 
 from benchmarks import publishing
-from benchmarks.long import choice, confirm_page, forced, page
+from benchmarks.long import choice, confirm, forced, page
+from benchmarks.long.answers import (
+    KINDS,
+    RATIOS,
+    Answers,
+    Group,
+    by_length,
+    by_place,
+    methods,
+    pack,
+    path_of,
+)
 from benchmarks.long.confirm import CONFIRMATIONS
-from benchmarks.long.measures import Group, by_length, by_place
-from benchmarks.long.settings import KINDS, RATIOS, methods
-from benchmarks.long.stored import Answers, pack, path_of
 from benchmarks.models import total
 from tokencomp import zoo
 from tokencomp.evaluation.patches import PatchedModels
@@ -181,16 +189,16 @@ def test_confirmed_orders():
         return out
 
     first = stored(LOST)
-    same = confirm_page.section("family", first, first)
+    same = confirm.section("family", first, first)
     assert "| auto − kcenter | 0.5 |" in same and "| auto − fastv | 0.5 |" in same
     assert "order is the same" in same and "9 here, 9 of them in both with one sign" in same
     tied = stored({"auto": 1, "condiv": 1, "kcenter": 3, "fastv": 4})
-    text = confirm_page.section("family", first, tied)
+    text = confirm.section("family", first, tied)
     assert "order is the same" in text and "6 here, 6 of them in both" in text
     turned = stored({"auto": 2, "condiv": 1, "kcenter": 3, "fastv": 4})
-    text = confirm_page.section("family", first, turned)
+    text = confirm.section("family", first, turned)
     assert "order is not the same" in text and "6 of them in both with one sign, 3 with" in text
-    text = confirm_page.section("family", first, stored(dict.fromkeys(LOST, 1)))
+    text = confirm.section("family", first, stored(dict.fromkeys(LOST, 1)))
     assert "order is the same" in text and "and 0 here, 0 of them in both" in text
 
 

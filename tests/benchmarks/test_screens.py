@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 
 from benchmarks.screens.__main__ import clicks, measure_session, summary
-from benchmarks.screens.cells import CELL, copies, differences
+from benchmarks.screens.cells import CELL, SHARE, copies, differences, shift
 from benchmarks.screens.receipts import resized
-from benchmarks.screens.scrolling import SHARE, shift
 
 ROWS, COLUMNS = 8, 10
 

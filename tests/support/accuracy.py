@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.compact import write_sweep
-from benchmarks.accuracy.packed import PackedAnswers
+from benchmarks.accuracy.packed import PackedAnswers, write_sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import Setting
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from benchmarks.accuracy.report import Comparison, compare_families, table
 from benchmarks.accuracy.store import ACCURACY, Results, read_all
-from benchmarks.accuracy.tables import Comparison, compare_families, table
 from benchmarks.experiment import Files, write
 from benchmarks.publishing import csv_text
 from tokencomp.cli import one_message

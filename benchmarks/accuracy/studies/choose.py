@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks import publishing
-from benchmarks.accuracy.report import page_folder
+from benchmarks.accuracy.report import page_folder, table
 from benchmarks.accuracy.run import MODELS, answer_all
 from benchmarks.accuracy.store import RESULTS, Results, read_all
 from benchmarks.accuracy.studies.ranking import (
@@ -36,9 +36,8 @@ from benchmarks.accuracy.studies.ranking import (
     settings,
     title,
 )
-from benchmarks.accuracy.tables import table
 from benchmarks.experiment import Files, write
-from benchmarks.long.settings import STEPS
+from benchmarks.long.answers import STEPS
 from benchmarks.real import candidates as real
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import MERGE, Setting

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import publishing
+from benchmarks.accuracy.report import table
 from benchmarks.accuracy.run import RATIOS
 from benchmarks.accuracy.store import ACCURACY, RESULTS, Results, read_all
 from benchmarks.accuracy.studies.choose import VIDEOS, preference, run_missing
 from benchmarks.accuracy.studies.ranking import Candidate, answered, rank, settings
-from benchmarks.accuracy.tables import table
 from benchmarks.experiment import Files, write
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import FULL

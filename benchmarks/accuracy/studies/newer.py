@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import publishing
+from benchmarks.accuracy.report import EARLIER
 from benchmarks.accuracy.store import ACCURACY, Results
-from benchmarks.accuracy.tables import EARLIER
 from benchmarks.experiment import Files, write
 from tokencomp.evaluation.metrics import difference
 

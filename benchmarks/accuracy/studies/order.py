@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.accuracy.report import table
 from benchmarks.accuracy.store import ACCURACY, MAIN, RESULTS, Results
-from benchmarks.accuracy.tables import table
 from benchmarks.experiment import Files, write
 from benchmarks.publishing import csv_text
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.accuracy.report import table
 from benchmarks.accuracy.run import RATIOS
 from benchmarks.accuracy.store import BARS, KINDS, Results
-from benchmarks.accuracy.tables import table
 from tokencomp.evaluation.settings import FULL, Setting, label_of
 
 Candidate = tuple[str, dict[str, Any]]
