@@ -153,7 +153,7 @@ class ServerOptions:
                 "request, or ask its operator."
             )
         values = as_changes(request)
-        closed = [k for k in values["options"] if str(k).rpartition(".")[2] in OPERATOR_OPTIONS]
+        closed = [k for k in values["options"] if k.rpartition(".")[2] in OPERATOR_OPTIONS]
         if closed:
             raise OptionError(f"option {', '.join(closed)} is set by the server's operator only.")
         if self.max_ratio < MAX_RATIO and values.get("budget") is not None:
@@ -187,7 +187,7 @@ def as_changes(value: Any) -> dict[str, Any]:
 
 
 def as_mapping(value: Any) -> dict[str, Any]:
-    """A dict from None, a mapping, or JSON text."""
+    """A dict with texts as keys, from None, a mapping, or JSON text."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -202,4 +202,4 @@ def as_mapping(value: Any) -> dict[str, Any]:
             f"tokencomp={reprlib.repr(value)}: expected an object such as "
             '{"reducer": "divprune", "ratio": 0.5, "options": {}} or {"budget": 512}.'
         )
-    return dict(value)
+    return {str(name): field for name, field in value.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -43,8 +44,17 @@ REMEMBERED = 16384  # sizes of media that may come from a cache
 
 
 def server_options(model_config: Any) -> ServerOptions:
-    """Return the options of the server, see `configured_options`."""
-    return ServerOptions.parse(configured_options(model_config))
+    """Return the options of the server, see `configured_options`.
+
+    vLLM makes a processor for every chat request, so the options are parsed once.
+    """
+    options = configured_options(model_config)
+    return _parsed(options if isinstance(options, str) else json.dumps(options))
+
+
+@functools.cache
+def _parsed(options: str) -> ServerOptions:
+    return ServerOptions.parse(options)
 
 
 class CompressingProcessor:
