@@ -84,14 +84,11 @@ class Segment:
         """False at padding rows, cached or new, (B, rows); None: all are real."""
         return joined_mask(self.past, self.new.mask(device), self.new.rows, device)
 
-    @property
-    def gaps(self) -> bool:
-        """Whether a sample may have lost a token, in this call or an earlier one."""
-        return self.new.columns is not None or self.past.columns is not None
-
-    def gap_within(self, rows: int) -> bool:
+    def gap_within(self, rows: float) -> bool:
         """Whether a column may be missing among the last `rows` rows of any query."""
-        return self.new.columns is not None or self.past.gap_within(rows)
+        known = self.past.columns
+        missing = known is not None and self.past.rows - known.shape[1] < rows
+        return self.new.columns is not None or missing
 
     @property
     def counted(self) -> RowMap:

@@ -101,7 +101,7 @@ class Chunked(LayerType):
 
     def needs_own_mask(self, masks: Any, segment: Any, exceeded: bool) -> bool:
         """Whether tokens are missing: transformers derives chunks from entries of the mask."""
-        return exceeded and segment.gaps
+        return exceeded and bool(segment.gap_within(math.inf))
 
 
 class Indexed(LayerType):

@@ -14,7 +14,7 @@ that the last row is the last token of every sample, and `mask` is False at the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,7 @@ from tokencomp.engine.memory import Memory
 from tokencomp.tokens.tokens import Kept, VisualSpan
 
 Chosen = list[tuple[int, int]]  # (sample, span) of the spans from which a reducer chooses
+ROWWISE = ("columns", "real", "weights")  # tensors of a map with one entry per row
 
 
 @dataclass(frozen=True)
@@ -186,10 +187,6 @@ class RowMap:
             return first
         return self.columns.cpu().gather(1, first[:, None])[:, 0]
 
-    def gap_within(self, rows: int) -> bool:
-        """Whether a column may be missing among the last `rows` rows."""
-        return self.columns is not None and self.rows - self.columns.shape[1] < rows
-
     # -- what changes a map ---------------------------------------------------------------------
 
     def append(self, new: RowMap, batch: int, device: torch.device) -> RowMap:
@@ -211,27 +208,17 @@ class RowMap:
         )  # fmt: skip
 
     def cut(self, rows: int) -> RowMap:
-        columns, real, weights = (
-            None if t is None else t[:, :rows] for t in (self.columns, self.real, self.weights)
-        )
         memory = self.memory
         if rows < memory.end:
             memory = memory.cut(torch.arange(rows))
-        return replace(self, rows=rows, columns=columns, real=real, weights=weights, memory=memory)
+        return self._changed(lambda t: t[:, :rows], ROWWISE, rows=rows, memory=memory)
 
     def select(self, change: Callable[[Tensor], Tensor]) -> RowMap:
         """The map of a cache whose samples are reordered, repeated or selected, as by beam search.
 
         `change` maps a tensor (B, …) to that of the new batch.
         """
-        columns, real, starts, weights = (
-            None if t is None else change(t)
-            for t in (self.columns, self.real, self.starts, self.weights)
-        )
-        memory = self.memory.select(change)
-        return replace(
-            self, columns=columns, real=real, starts=starts, weights=weights, memory=memory
-        )
+        return self._changed(change, (*ROWWISE, "starts"), memory=self.memory.select(change))
 
     def keep(
         self, counts: list[list[int]], chosen: Chosen, kept: Kept | None, device: torch.device
@@ -327,9 +314,15 @@ class RowMap:
         return weights
 
     def to(self, device: torch.device) -> RowMap:
-        tensors = self.columns, self.real, self.weights
-        columns, real, weights = (None if t is None else t.to(device) for t in tensors)
-        return replace(self, columns=columns, real=real, weights=weights)
+        return self._changed(lambda t: t.to(device), ROWWISE)
+
+    def _changed(
+        self, change: Callable[[Tensor], Tensor], names: Sequence[str], **others: Any
+    ) -> RowMap:
+        """The map with a change of the named tensors that it has, and with `others`."""
+        tensors = {name: getattr(self, name) for name in names}
+        others |= {name: change(t) for name, t in tensors.items() if t is not None}
+        return replace(self, **others)
 
     # -- spans and prompts ----------------------------------------------------------------------
 
@@ -365,20 +358,14 @@ def joined_columns(past: RowMap, new: RowMap, batch: int, device: torch.device) 
     """Column of all rows, cached and new, (B, rows); None: row i is column i."""
     if past.columns is None and new.columns is None:
         return None
-    columns = new.all_columns(batch, device)
-    if past.length:
-        columns = columns + past.length
-    return (
-        columns if not past.rows else torch.cat([past.all_columns(batch, device), columns], dim=1)
-    )
+    columns = new.all_columns(batch, device) + past.length
+    return torch.cat([past.all_columns(batch, device), columns], dim=1)
 
 
 def joined_weights(past: RowMap, new: RowMap, batch: int, device: torch.device) -> Tensor | None:
     """Number of tokens that all rows represent, cached and new, (B, rows); None: one each."""
     if past.weights is None and new.weights is None:
         return None
-    if not past.rows:
-        return new.all_weights(batch, device)
     return torch.cat([row_map.all_weights(batch, device) for row_map in (past, new)], dim=1)
 
 
