@@ -160,8 +160,6 @@ class Noted:
     ----------
     columns
         From `generate`: number of columns of its prompt; None outside of `generate`.
-    encodes
-        From `generate`: whether it encodes the media of the prompt.
     arguments
         From `generate`: its arguments by name; None outside of it.
     types : Tensor of int, shape (B, L), or None
@@ -191,7 +189,6 @@ class Noted:
     """
 
     columns: int | None = None
-    encodes: bool = False
     arguments: dict[str, Any] | None = None
     types: Tensor | None = None
     chunk: int | None = None
@@ -205,22 +202,6 @@ class Noted:
     mask: Any = None
     apart: frozenset[Modality] = frozenset()
     encoded: list[TowerCall] | None = None
-
-
-@dataclass
-class TowerRecord:
-    """What the vision tower has recorded for the media of a prompt, see `TowerHooks.collect`.
-
-    Attributes
-    ----------
-    signals
-        Signals by sample and span.
-    costs
-        The work of its calls.
-    """
-
-    signals: dict[Signal, list[list[Tensor]]] = field(default_factory=dict)
-    costs: list[Any] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -267,8 +248,8 @@ class Call:
         Whether a stage merges tokens in this call.
     tail
         Number of last columns that no stage moves.
-    tower
-        From `decoder.py`: records of the vision tower.
+    tower_signals, tower_costs
+        From `tower/`: signals of the vision tower by sample and span, and the work of its calls.
     rotary
         From `decoder.py`: original positions (B, n) of the rows that the decoder runs on, if it has
         one position per token.
@@ -314,7 +295,8 @@ class Call:
     shares: list[list[BudgetShare | None]] = field(default_factory=list)
     merges: bool = False
     tail: int = 0
-    tower: TowerRecord = field(default_factory=TowerRecord)
+    tower_signals: dict[Signal, list[list[Tensor]]] = field(default_factory=dict)
+    tower_costs: list[Any] = field(default_factory=list)
     rotary: Tensor | None = None
     numbers: torch.dtype | None = None
     chunk: int | None = None

@@ -206,7 +206,7 @@ def patches_of(
     if row_map.columns is not None and "shift" in moved:
         numbers = row_map.columns.flatten().index_select(0, moved["rows"]) + moved["shift"]
     for signal in (s for s in stage.needs if isinstance(s, TowerSignal)):
-        by_span = [call.tower.signals[signal][b][j] for b, j in (cut.span_id for cut in cuts)]
+        by_span = [call.tower_signals[signal][b][j] for b, j in (cut.span_id for cut in cuts)]
         every = torch.cat(by_span).to(x.device)  # of the uncompressed spans
         values[signal] = every if numbers is None else every.index_select(0, numbers)
     return Patches.of(cuts, features, numbers, moved.get("cells"), values)

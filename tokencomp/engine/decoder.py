@@ -209,8 +209,7 @@ class DecoderHooks(CallHooks):
         state.call = call
         if call.weighted or call.merges:
             call.weighing = self.weights.begin()
-        if self.tower.drop is not None or self.tower.probe is not None:
-            call.tower = self.tower.collect(call, noted.inputs or {})
+        self.tower.collect(call, noted.inputs or {})
         # Score, choose, gather: only kept rows enter the decoder.
         x, positions, columns = enter(call, arguments["inputs_embeds"], positions)
         kept = call.map.mask(x.device)
@@ -254,7 +253,7 @@ class DecoderHooks(CallHooks):
         if arguments.get("inputs_embeds") is None:
             return
         noted = self.calls.state.noted
-        if not (noted.encodes or self.adapter.encodes(noted.inputs or {})):
+        if not any(self.adapter.encodes(a or {}) for a in (noted.arguments, noted.inputs)):
             refuse_missing(arguments["inputs_embeds"])
 
     # -- within and after a call ----------------------------------------------------------------

@@ -224,9 +224,9 @@ class Hooks(CallHooks):
         arguments = {**kwargs, "input_ids": next((x for x in ids if x is not None), None)}
         shown = [arguments.get(name) for name in ("inputs_embeds", "input_ids")]
         columns = next((int(x.shape[1]) for x in shown if isinstance(x, Tensor)), None)
-        earlier, encodes = state.noted, self.adapter.encodes(kwargs)
+        earlier = state.noted
         state.noted = replace(
-            earlier, columns=columns, encodes=encodes, types=types, arguments=arguments, encoded=[]
+            earlier, columns=columns, types=types, arguments=arguments, encoded=[]
         )
         try:
             with self.gate.call():

@@ -101,7 +101,7 @@ class Stats:
             past_rows=[s.past.rows for s in segments for _ in range(s.first, s.stop)],
             reduce_seconds=call.stage_seconds + (call.scores.seconds if call.scores else 0.0),
             prefill_chunk=call.chunk,
-            tower_costs=call.tower.costs,
+            tower_costs=call.tower_costs,
             entering=call.entering,
             _config=call.adapter.text_config,
             _itemsize=keys.element_size(),

@@ -31,7 +31,7 @@ from tokencomp.adapters.towers.base import Cells, Tower, TowerCall, attention_bl
 from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.adapters.towers.packed import PackedTower
 from tokencomp.engine.cache import memory_of
-from tokencomp.engine.call import Call, CallHooks, Noted, RunningCalls, TowerRecord
+from tokencomp.engine.call import Call, CallHooks, Noted, RunningCalls
 from tokencomp.engine.memory import Entered
 from tokencomp.engine.tower.rows import DenseRows, TowerCost, TowerRows, equal_bounds, kept_rows
 from tokencomp.engine.tower.signals import TowerProbe, check_signals
@@ -149,11 +149,6 @@ def running_prompt(adapter: Adapter, noted: Noted) -> tuple[Tensor, Tensor | Non
     return modalities[:, held:], None if ids is None else ids[:, held:], cache
 
 
-def part_keys(cells: Cells) -> list[tuple[Any, ...]]:
-    """`Tokens.keys` of every part of cells."""
-    return list(cells.keys) or [(h, w) for part in cells.parts for _, h, w in part]
-
-
 def kept_before(call: TowerCall, cells: Cells) -> list[LastKept]:
     """What every part of the cells of a call is compared with, see `Tokens.seen`.
 
@@ -189,7 +184,8 @@ def entered_pictures(
         columns, samples = columns[cells.patches], samples[cells.patches]
     grids = [grid for part in cells.parts for grid in part]
     ends, entered = starts_of([math.prod(grid) for grid in grids]), []
-    for (t, h, w), key, first, end in zip(grids, part_keys(cells), ends, ends[1:], strict=False):
+    keys = cells.keys or [(h, w) for _, h, w in grids]  # `Tokens.keys`
+    for (t, h, w), key, first, end in zip(grids, keys, ends, ends[1:], strict=False):
 
         def values(numbers: Tensor, first: int = int(first)) -> Tensor:
             return _features(cells, numbers.to(cells.members.device) + first, stage, None)
@@ -235,8 +231,8 @@ class TowerDrop(CallHooks):
             add(MethodReplacement(layout.projectors[0], "forward", project))
         self._after(layout.module, self._end, always_call=True)
 
-    def collect(self, call: Call) -> list[TowerCost]:
-        """Costs of the calls that have encoded the media of a prompt; empty if unknown.
+    def collect(self, call: Call) -> None:
+        """Note the costs of the calls that have encoded the media of a prompt, if they are known.
 
         The prompt gets the pictures that later ones are compared with.
         """
@@ -249,8 +245,8 @@ class TowerDrop(CallHooks):
                 entered = entered_pictures(cells, self.stage, call.spans)
                 call.entered += entered
                 call.compared |= {(SEEN, cells.modality)} if entered else set()
-        costs = [tower_call.cost for tower_call in encoded]
-        return costs if len(costs) == len(modalities) else []
+        if len(encoded) == len(modalities):
+            call.tower_costs = [tower_call.cost for tower_call in encoded]
 
     # -- around the tower -----------------------------------------------------------------------
 
@@ -411,15 +407,14 @@ class TowerHooks:
                 part.remove()
         self.drop = self.probe = None
 
-    def collect(self, call: Call, inputs: Mapping[str, Any]) -> TowerRecord:
-        """What was recorded for the prompt of a call.
+    def collect(self, call: Call, inputs: Mapping[str, Any]) -> None:
+        """Note in a call what was recorded for its prompt.
 
         Raises
         ------
         OptionError
             The call, whose `inputs` these are, chose another layer of the tower than its config.
         """
-        record = TowerRecord()
         if self.probe is not None:
             layer, usual = inputs.get("vision_feature_layer"), self.adapter.feature_layer
             if layer is not None and layer != usual:
@@ -427,7 +422,6 @@ class TowerHooks:
                     f"vision_feature_layer={layer!r} in a call, but the config has {usual!r}, "
                     "whose blocks the reducer reads. Change the config before patch()."
                 )
-            record.signals = self.probe.collect(call.spans)
+            call.tower_signals = self.probe.collect(call.spans)
         if self.drop is not None:
-            record.costs = self.drop.collect(call)
-        return record
+            self.drop.collect(call)
