@@ -326,7 +326,10 @@ def set_arguments(
             mask = None  # padding is separated like one more packed prompt
     arguments["inputs_embeds"] = x
     if not call.by_column:
-        positions = _compact_positions(call, mask, x)
+        if rows.packed:  # they restart at every prompt
+            positions = text_positions(rows, x.device).expand(x.shape[0], -1)
+        else:
+            positions = first.contiguous_positions(mask, x)
         check_windows(call)
     true_ids = _set_positions(call, arguments, positions)
     if mask is not None:
@@ -372,13 +375,3 @@ def _set_positions(call: Call, arguments: MutableMapping[str, Any], positions: T
         )
     call.rotary, arguments["position_ids"] = positions, text
     return False
-
-
-def _compact_positions(call: Call, mask: Tensor | None, x: Tensor) -> Tensor:
-    """Positions (B, n) without gaps, which restart at every packed prompt.
-
-    `x` (B, n, d) are the kept rows, and `mask` (B, n) is False at padding.
-    """
-    if call.map.packed:
-        return text_positions(call.map, x.device).expand(x.shape[0], -1)
-    return call.segments[0].contiguous_positions(mask, x)

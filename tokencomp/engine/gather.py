@@ -11,7 +11,7 @@ the output gets its full length again:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -72,17 +72,10 @@ def _gathered(value: Any, columns: Tensor, width: int) -> Any:
         if value.ndim < 2 or value.shape[1] != width or value.shape[0] not in (1, len(columns)):
             return value
         return gather_rows([value], columns.to(value.device))[0]
-    if not isinstance(value, (Mapping, list, tuple)):
-        return value
-    return each(value, lambda item: _gathered(item, columns, width))
-
-
-def each(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Apply `change` to all items of a mapping, list or tuple; other values are unchanged."""
     if isinstance(value, Mapping):
-        return {key: change(item) for key, item in value.items()}
+        return {key: _gathered(item, columns, width) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(change(item) for item in value)
+        return type(value)(_gathered(item, columns, width) for item in value)
     return value
 
 

@@ -99,15 +99,6 @@ class CallGate:
                 self._running -= 1
 
 
-def _check_types(types: Tensor, embeds: Tensor | None) -> None:
-    """Refuse modalities that do not match `inputs_embeds` in shape."""
-    if embeds is not None and types.shape != embeds.shape[:2]:
-        raise OptionError(
-            f"{TYPES} of shape {tuple(types.shape)} with inputs_embeds of shape "
-            f"{tuple(embeds.shape)}: expected one number per column, {tuple(embeds.shape[:2])}."
-        )
-
-
 def with_types(arguments: dict[str, Any], types: Tensor) -> dict[str, Any]:
     """Add the modalities of features in `inputs_embeds` to the arguments of the body.
 
@@ -218,8 +209,14 @@ class Hooks(CallHooks):
         """
         state, types = self.calls.state, None
         if TYPES in kwargs and TYPES not in parameters_of(self.adapter.top):
-            types = kwargs.pop(TYPES)  # transformers would raise for it
-            _check_types(types, kwargs.get("inputs_embeds"))
+            # transformers would raise for it
+            types, embeds = kwargs.pop(TYPES), kwargs.get("inputs_embeds")
+            if embeds is not None and types.shape != embeds.shape[:2]:
+                raise OptionError(
+                    f"{TYPES} of shape {tuple(types.shape)} with inputs_embeds of shape "
+                    f"{tuple(embeds.shape)}: expected one number per column, "
+                    f"{tuple(embeds.shape[:2])}."
+                )
         ids = [kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1]]
         arguments = {**kwargs, "input_ids": next((x for x in ids if x is not None), None)}
         shown = [arguments.get(name) for name in ("inputs_embeds", "input_ids")]

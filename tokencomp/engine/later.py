@@ -27,11 +27,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.cache import (
-    CompressedLayer,
-    CompressedStaticLayer,
-    first_layer,
-)
+from tokencomp.engine.cache import CompressedLayer, CompressedStaticLayer, first_layer
 from tokencomp.engine.call import Call, RunningCalls, build_segments
 from tokencomp.engine.checks import check_windows
 from tokencomp.engine.gather import gather_arguments
@@ -106,13 +102,12 @@ class LaterTokens:
         rows = self.adapter.mrope_rows
         if rows and positions is not None and positions.ndim == 3 and len(positions) > rows:
             kwargs["position_ids"] = positions[-rows:]
-        if not (single and self._attends_to_all(layers, first)):
-            self._turn(kwargs, layers, first, weighing)
-        elif weighing is None:
+        numbers = None if weighing is None else weighing.numbers
+        sees_all = single and self._attends_to_all(layers, first)
+        if sees_all and weighing is None:
             kwargs["attention_mask"] = None
-        elif weighing.numbers is not None and _takes_one_mask(layers, first):
-            mask = first.row_map.log_weights(first.rows + 1, weighing.numbers)
-            kwargs["attention_mask"] = mask
+        elif sees_all and numbers is not None and _takes_one_mask(layers, first):
+            kwargs["attention_mask"] = first.row_map.log_weights(first.rows + 1, numbers)
         else:
             self._turn(kwargs, layers, first, weighing)
 
@@ -158,11 +153,7 @@ class LaterTokens:
             kwargs["position_ids"] = layer.real_rows().expand(x.shape[0], 1)
 
     def _turn(
-        self,
-        kwargs: dict[str, Any],
-        layers: list[Any],
-        first: Any,
-        weighing: Carrier | None,
+        self, kwargs: dict[str, Any], layers: list[Any], first: Any, weighing: Carrier | None
     ) -> None:
         """Prepare any number of tokens, with or without padding and segments.
 
@@ -171,7 +162,9 @@ class LaterTokens:
         x, cache = kwargs["inputs_embeds"], compat.get_cache(kwargs)
         n, real, prepared = x.shape[1], None, None
         if n > 1:  # a single token is neither padding nor part of an image
-            real, prepared = self._mask_of_turn(kwargs, n, first)
+            mask, prepared = read_mask(kwargs, first, self.calls.state.noted.mask)
+            real = None if mask is None else mask[:, -n:].bool()
+            real = None if real is None or bool(real.all()) else real
         new = RowMap(n, real=real)
         segments = build_segments(Plan(), len(layers), layers, mask=None, new=new)
         call = Call(
@@ -187,17 +180,6 @@ class LaterTokens:
         self.calls.state.call = call
         if weighing is not None and weighing.numbers is None:
             call.weighing = self._weights.begin()
-
-    def _mask_of_turn(
-        self, kwargs: Mapping[str, Any], n: int, layer: Any
-    ) -> tuple[Tensor | None, Any]:
-        """Which of the `n` columns of a turn are real, bool (B, n), or None for all; and the mask
-        that the body prepared.
-        """
-        body = self.calls.state.noted.mask
-        mask, prepared = read_mask(kwargs, layer, body)
-        real = None if mask is None else mask[:, -n:].bool()
-        return (None if real is None or bool(real.all()) else real), prepared
 
 
 def _weighted(layers: list[Any]) -> bool:
