@@ -18,7 +18,7 @@ from tokencomp.adapters.registry import adapter_for
 from tokencomp.engine.stats import Stats
 from tokencomp.errors import ScoreError, TokenCompError, WeightsError
 from tokencomp.handle import Handle
-from tokencomp.inputs.prompts import chat_inputs, media_lengths, prompt_lengths, to_model
+from tokencomp.inputs.prompts import chat_inputs, media_lengths, to_model
 from tokencomp.method import Method
 from tokencomp.patching import apply, check
 from tokencomp.serving.hf.fields import SAMPLING
@@ -198,12 +198,12 @@ class Engine:
         if not batch:
             return
         inputs = build_inputs(self.model, self.processor, [job.prompt for job in batch])
-        lengths = [total for total, _ in prompt_lengths(self.model, inputs)]
+        lengths = inputs["attention_mask"].sum(1).tolist()
         if self._too_long(batch, lengths):
             self._generate([job for job in batch if not job.done])
             return
         counts = list(zip(lengths, media_lengths(self.model, inputs), strict=True))
-        steps = BatchLogits(batch, inputs.get("attention_mask"), self._penalty, self.tokenizer)
+        steps = BatchLogits(batch, inputs["attention_mask"], self._penalty, self.tokenizer)
         with self._compressed(batch[0].prompt.spec), seeded(batch[0].seed):
             self.model.generate(
                 **inputs,
