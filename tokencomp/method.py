@@ -396,13 +396,16 @@ class Method(StageOptions):
 
 def _made(reducer: str | Reducer, options: dict[str, Any]) -> Reducer:
     """The reducer with its options; an unknown one may be a misspelt argument of the method."""
-    from tokencomp.reducers.registry import make_reducer
+    from tokencomp.reducers.registry import ARGUMENTS, make_reducer
 
     try:
         return make_reducer(reducer, **options)
     except UnknownOptionError as error:
-        names = ", ".join(["ratio", *FIELDS])
-        raise UnknownOptionError(f"{error} Options of every method: {names}.") from None
+        names = ["reducer", "ratio", *FIELDS]
+        others = ", ".join(name for name in ARGUMENTS if name not in names)
+        raise UnknownOptionError(
+            f"{error} Options of every method: {', '.join(names)}; of patch alone: {others}."
+        ) from None
 
 
 def _checked_ratios(ratios: Mapping[str, Any]) -> dict[str, float]:
