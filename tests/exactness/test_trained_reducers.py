@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,8 @@ from support.families import CORE, Family, text
 from torch import Tensor, nn
 
 import tokencomp
-from tokencomp.trained.ccam import CCAMProjector
+from tokencomp.reducers._trained import load
+from tokencomp.reducers.ccam import Ccam
 
 FAMILY_NAMES = CORE
 STEPS = 4
@@ -139,7 +142,7 @@ def test_ccam(family: Family, seed: int) -> None:
 @contextlib.contextmanager
 def projected(model: nn.Module, family: Family, stats: Any, weights: str) -> Iterator[None]:
     """Replace kept embeddings by what a dense projector makes of the span."""
-    made = CCAMProjector.load(weights).double()
+    made = copy.deepcopy(load(Ccam, Path(weights))[0]).double()
 
     def replace(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         x = kwargs["inputs_embeds"].clone()

@@ -12,6 +12,8 @@ import torch
 from support.ccam import dense
 
 from tokencomp.errors import OptionError, WeightsError
+from tokencomp.reducers._trained import load
+from tokencomp.reducers.ccam import Ccam
 from tokencomp.trained.ccam import CCAMProjector, ProjectorConfig, places_2d
 from tokencomp.training.ccam import (
     CcamConfig,
@@ -36,7 +38,7 @@ def test_training_changes_the_projector_alone(trained: Path, tiny: Any) -> None:
     assert all(p.requires_grad and p.grad is None for p in tiny[0].parameters())
     torch.manual_seed(SMALL.seed)
     fresh = CCAMProjector(SMALL.sizes(tiny[0])).state_dict()
-    after = CCAMProjector.load(trained).state_dict()
+    after = load(Ccam, trained)[0].state_dict()
     assert all(not torch.equal(fresh[k], after[k]) for k in fresh)
 
 
@@ -87,21 +89,20 @@ def test_saved_projectors_load_and_answer_the_same(tmp_path: Path) -> None:
     path = made.save(tmp_path / "new", {"model_id": "x"})
     assert sorted(p.name for p in path.parent.iterdir()) == ["ccam.json", "ccam.safetensors"]
     x = torch.randn(1, 12, 10)
-    for given in (path, path.parent):
-        again = CCAMProjector.load(given)
-        assert again.config == made.config
-        assert torch.equal(again(x, 2, (2, 3)), made(x, 2, (2, 3)))
+    again = load(Ccam, path)[0]
+    assert again.config == made.config
+    assert torch.equal(again(x, 2, (2, 3)), made(x, 2, (2, 3)))
 
 
 def test_broken_files_and_sizes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="No such file"):
-        CCAMProjector.load(tmp_path)
+        load(Ccam, tmp_path / "ccam.safetensors")
     path = projector().save(tmp_path)
     card = json.loads((tmp_path / "ccam.json").read_text())
     card["ccam"]["queries"] = 7
     (tmp_path / "ccam.json").write_text(json.dumps(card))
     with pytest.raises(WeightsError, match="size mismatch"):
-        CCAMProjector.load(path)
+        load(Ccam, path)
     for sizes, message in (
         ({"width": 10, "heads": 3}, "heads divides"),
         ({"heads": 0}, "above 0"),

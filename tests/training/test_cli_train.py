@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import tokencomp
 from tokencomp.cli import main
-from tokencomp.reducers.selector import load_selector
+from tokencomp.reducers._trained import load
+from tokencomp.reducers.selector import Selector
 from tokencomp.training.capture import capture
 from tokencomp.training.data import load_batch, questions
 from tokencomp.training.relevance import TARGET
@@ -80,6 +81,6 @@ def test_a_selector_of_features_is_trained_for_servers(
     with tokencomp.patch(model, 5 / 9, reducer="selector", weights=weights) as handle:
         model(**inputs)
     with torch.no_grad():
-        logits = load_selector(tmp_path / "selector.safetensors")[0](entering[-1][None])[0]
+        logits = load(Selector, tmp_path / "selector.safetensors")[0](entering[-1][None])[0]
     first = logits.sort(descending=True, stable=True).indices[:4]  # three patches are alike
     assert handle.stats.kept(0)[0][0] == first.sort().values.tolist()

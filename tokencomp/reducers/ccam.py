@@ -3,44 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from tokencomp.errors import SpanError, WeightsError
-from tokencomp.reducers import Kept, Reducer, Tokens, Traits, finite_features, register_reducer
+from tokencomp.errors import SpanError
+from tokencomp.reducers import Kept, Tokens, Traits, finite_features, register_reducer
+from tokencomp.reducers._trained import Card, TrainedReducer, moved
 from tokencomp.tokens.stacks import grouped
-from tokencomp.tokens.tokens import ModelFacts, VisualSpan, evenly
+from tokencomp.tokens.tokens import VisualSpan, evenly
 
 if TYPE_CHECKING:
     from tokencomp.trained.ccam import CCAMProjector
 
 TRAIN = "tokencomp train ccam --model MODEL --data DATA --output FOLDER"
-Stamp = tuple[int, ...]
-"""Modification times of the files of a projector, in nanoseconds."""
-
-
-@lru_cache(maxsize=4)
-def _load(path: Path, stamp: Stamp, device: torch.device, dtype: torch.dtype) -> CCAMProjector:
-    from tokencomp.trained.ccam import CCAMProjector
-
-    return CCAMProjector.load(path).to(device, dtype)
-
-
-@lru_cache(maxsize=64)
-def _queries(path: Path, stamp: Stamp) -> int:
-    from tokencomp.trained.ccam import read_card
-
-    return read_card(path)[1].queries
 
 
 @register_reducer("ccam")
 @dataclass(frozen=True)
-class Ccam(Reducer):
+class Ccam(TrainedReducer):
     """Q learned queries read all frames by causal cross-attention (CCAM, arXiv 2408.14023).
 
         y_i = CrossAttention(query_i, {x of frames that query i sees}),  i = 1 … Q
@@ -73,45 +56,24 @@ class Ccam(Reducer):
         An image or video with fewer tokens than the projector has queries.
     """
 
-    weights: str | None = None
-
     summary = "trained projector: always as many tokens, however many frames (2408.14023)"
     traits = Traits(merges=True, grid="whole", batched=True, entry_only=True)
+    train = TRAIN
 
-    def __post_init__(self) -> None:
-        if isinstance(self.weights, PathLike):  # text, so that options are ready for JSON
-            object.__setattr__(self, "weights", fspath(self.weights))
-        super().__post_init__()
+    @classmethod
+    def module_of(cls, card: Card, path: Path) -> CCAMProjector:
+        from tokencomp.trained.ccam import CCAMProjector, ProjectorConfig
 
-    def bind(self, facts: ModelFacts) -> Ccam:
-        from tokencomp.trained.cards import check_card, locate
-        from tokencomp.trained.ccam import read_card
-
-        path = locate(self.weights, facts, "ccam", TRAIN).absolute()
-        check_card(read_card(path)[0], facts, path, TRAIN)
-        bound = Ccam(str(path))
-        bound.projector(facts.device, facts.dtype)
-        return bound
+        return CCAMProjector(ProjectorConfig(**card["ccam"]))
 
     def projector(self, device: torch.device, dtype: torch.dtype) -> CCAMProjector:
-        """The trained module, loaded once per device and dtype."""
-        return _load(*self._files, device, dtype)
+        """The trained module, copied once per device and dtype."""
+        projector: CCAMProjector = moved(self._module, device, dtype)
+        return projector
 
     def queries(self) -> int:
         """Tokens per image or video."""
-        return _queries(*self._files)
-
-    @cached_property
-    def _files(self) -> tuple[Path, Stamp]:
-        """The weights file, and the modification times of it and its card."""
-        if self.weights is None:
-            raise WeightsError(f"reducer='ccam' needs trained weights. Train them with `{TRAIN}`.")
-        path = Path(self.weights).absolute()
-        try:
-            files = (path, path.with_suffix(".json"))
-            return path, tuple(file.stat().st_mtime_ns for file in files)
-        except OSError as error:
-            raise WeightsError(f"{error}. Train a ccam projector: {TRAIN}") from error
+        return int(self._module.config.queries)
 
     def keep_count(self, span: VisualSpan, fraction: float) -> int:
         count = self.queries() + len(span.special)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from os import PathLike, fspath
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokencomp.errors import OptionError, WeightsError
-from tokencomp.reducers import Kept, Reducer, Tokens, Traits, register_reducer
+from tokencomp.errors import WeightsError
+from tokencomp.reducers import Kept, Tokens, Traits, register_reducer
 from tokencomp.reducers._batch import min_max
+from tokencomp.reducers._trained import Card, TrainedReducer, moved
 from tokencomp.reducers.base import best_rows, finite_features, finite_values, supplied_scores
 from tokencomp.tokens.signals import Attention, Signal
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, real
-from tokencomp.tokens.tokens import ModelFacts
 
 TRAIN = "tokencomp train selector --model MODEL --data DATA --output FOLDER"
 CHANNELS = (32, 64, 128, 256, 512)
@@ -112,22 +109,6 @@ def standardised(features: Tensor) -> Tensor:
     return F.layer_norm(features.float(), features.shape[-1:])
 
 
-@lru_cache(maxsize=8)
-def _load(path: Path, modified: int) -> tuple[SelectorNet, dict[str, Any]]:
-    from tokencomp.trained.cards import read
-
-    tensors, card = read(path, "selector")
-    try:
-        features = card["hidden_size"] if input_of(card, path) == "features" else 0
-        net = SelectorNet(tuple(card["channels"]), features)
-        net.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise WeightsError(
-            f"{path} does not hold a selector ({error}). Train one: {TRAIN}"
-        ) from error
-    return net.eval().requires_grad_(False), card
-
-
 def input_of(card: dict[str, Any], path: str | Path, wanted: Input | None = None) -> Input:
     """The input of the network of a card; `WeightsError` if it is unknown, or not `wanted`."""
     named = card.get("input", INPUTS["attention"])
@@ -141,23 +122,9 @@ def input_of(card: dict[str, Any], path: str | Path, wanted: Input | None = None
     return taken
 
 
-@lru_cache(maxsize=8)
-def on_device(net: SelectorNet, device: torch.device) -> SelectorNet:
-    """`net` on a device; a copy for another device is made once."""
-    return net if net.head.weight.device == device else copy.deepcopy(net).to(device)
-
-
-def load_selector(path: str | Path) -> tuple[SelectorNet, dict[str, Any]]:
-    """A trained selector on the CPU and its card, loaded once."""
-    path = Path(path).absolute()
-    if not path.is_file():
-        raise WeightsError(f"{path} does not exist. Train a selector: {TRAIN}")
-    return _load(path, path.stat().st_mtime_ns)
-
-
 @register_reducer("selector")
 @dataclass(frozen=True)
-class Selector(Reducer):
+class Selector(TrainedReducer):
     """Keep the tokens that a trained network predicts to explain the answer (arXiv 2506.01097).
 
         I = net(mean over heads and text rows of the attention in layer 0)
@@ -191,33 +158,30 @@ class Selector(Reducer):
         On `patch`: weights that are missing, damaged, of another model or for another input.
     """
 
-    weights: str | None = None
     # Not in the repr, which names the method in stored answers: they record options separately.
     pick: Literal["top", "mmr"] = field(default="top", repr=False)
     input: Input | None = field(default=None, repr=False)
 
     traits = Traits(grid="known", batched=True, entry_only=True)
+    train = TRAIN
     summary = "trained on explainability labels (2506.01097), pick=mmr: IDPruner (2602.13315)"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.weights, PathLike):  # text, so that options are ready for JSON
-            object.__setattr__(self, "weights", fspath(self.weights))
-        super().__post_init__()
 
     @property
     def needs(self) -> frozenset[Signal]:
         return frozenset() if self.input == "features" else frozenset({Attention("text")})
 
-    def bind(self, facts: ModelFacts) -> Selector:
-        from tokencomp.trained.cards import check_card, locate
+    @classmethod
+    def module_of(cls, card: Card, path: Path) -> SelectorNet:
+        features = card["hidden_size"] if input_of(card, path) == "features" else 0
+        return SelectorNet(tuple(card["channels"]), features)
 
-        path = locate(self.weights, facts, "selector", TRAIN).absolute()
-        net, card = load_selector(path)
-        check_card(card, facts, path, TRAIN)
-        taken = input_of(card, path, self.input)
-        bound = Selector(str(path), self.pick, taken)
-        vars(bound)["_net"] = net  # the network that was checked, even if its file changes later
-        return bound
+    def with_weights(self, path: Path, card: Card) -> Selector:
+        return replace(self, weights=str(path), input=input_of(card, path, self.input))
+
+    def _loaded(self) -> tuple[nn.Module, Card]:
+        net, card = super()._loaded()
+        input_of(card, str(self.weights), self.input or "attention")
+        return net, card
 
     def reduce(self, tokens: Tokens) -> Kept:
         from tokencomp.kernels import maxmin_select
@@ -237,7 +201,7 @@ class Selector(Reducer):
 
     def importances(self, tokens: Tokens, given: Tensor) -> Tensor:
         """I of every patch, (n,), from the network's input `given`, one row per patch."""
-        net = on_device(self._net, given.device)
+        net = moved(self._module, given.device, torch.float32)
 
         def of_stack(_: HostIndex, stack: Stack, rows: Tensor) -> Tensor:
             mask = None
@@ -249,15 +213,3 @@ class Selector(Reducer):
 
         with torch.no_grad():
             return by_stack(tokens.lengths, of_stack, given)
-
-    @cached_property
-    def _net(self) -> SelectorNet:
-        """The trained network on the CPU, loaded once."""
-        if self.weights is None:
-            raise OptionError(
-                f"selector: weights=None, which only patch() can resolve. Give the path of trained "
-                f"weights, or train some: {TRAIN}"
-            )
-        net, card = load_selector(self.weights)
-        input_of(card, self.weights, self.input or "attention")
-        return net

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokencomp.errors import OptionError, WeightsError
+from tokencomp.errors import OptionError
 from tokencomp.validation import check_types
 
 
@@ -134,27 +133,6 @@ class CCAMProjector(nn.Module):
         state = {k: v.float() for k, v in self.state_dict().items()}
         return write(path, state, {**(card or {}), "kind": "ccam", "ccam": asdict(self.config)})
 
-    @classmethod
-    def load(cls, path: str | Path) -> CCAMProjector:
-        """Load a projector in float32 and in evaluation mode.
-
-        Raises
-        ------
-        WeightsError
-            If the files are missing or damaged, weights are not finite, or their sizes differ from
-            those on the card.
-        """
-        from tokencomp.trained.cards import read
-
-        path = Path(path)
-        path = path if path.suffix == ".safetensors" else path / "ccam.safetensors"
-        projector = cls(read_card(path)[1])
-        try:
-            projector.load_state_dict(read(path, "ccam")[0])
-        except RuntimeError as error:
-            raise misfit(path, error) from error
-        return projector.eval().requires_grad_(False)
-
 
 def places_2d(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
     """Return the sine positions (rows·columns, width) of the cells of a frame.
@@ -171,20 +149,3 @@ def places_2d(rows: int, columns: int, width: int, device: torch.device) -> Tens
         angle = place.flatten()[:, None] * scale
         parts += [angle.sin(), angle.cos()]
     return F.pad(torch.cat(parts, 1), (0, width - 4 * quarter))
-
-
-def read_card(path: Path) -> tuple[dict[str, Any], ProjectorConfig]:
-    """The card of the projector in `path` and its sizes, without the tensors."""
-    try:
-        card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return card, ProjectorConfig(**card["ccam"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise misfit(path, error) from error
-
-
-def misfit(path: Path, why: object) -> WeightsError:
-    """Return the error for files in `path` that do not contain a projector."""
-    return WeightsError(
-        f"{path} and its card {path.stem}.json do not hold a ccam projector ({why}). Copy both "
-        "files of a finished training run."
-    )

@@ -19,10 +19,9 @@ from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.prompts import to_model
 from tokencomp.inputs.questions import Example
 from tokencomp.reducers.ccam import Ccam
-from tokencomp.storage import write_json
 from tokencomp.tokens.tokens import ModelFacts, VisualSpan
 from tokencomp.trained.cards import model_card
-from tokencomp.trained.ccam import CCAMProjector, ProjectorConfig, read_card
+from tokencomp.trained.ccam import CCAMProjector, ProjectorConfig
 from tokencomp.training.capture import capture
 from tokencomp.training.checks import without_patch
 from tokencomp.training.data import EMBEDDED, load_batch, questions
@@ -125,7 +124,7 @@ def train_ccam(model: Any, processor: Any, data: str, output: Path, config: Ccam
             settings, title = comparison(path, config.queries, spans), f"evaluating ({kind})"
             table = accuracy({"": model}, processor, held, settings, config, title)
             rows += [{"kind": kind, **row} for row in table]
-        write_json(path.with_suffix(".json"), {**read_card(path)[0], "accuracy": rows})
+        module.save(output, {**card, "accuracy": rows})
     return path
 
 

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from benchmarks.accuracy.studies.trained import Found, Study, measure, named
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.inputs.loading import load_model
+from tokencomp.reducers.ccam import Ccam
 from tokencomp.trained.cards import locate, model_facts
-from tokencomp.trained.ccam import read_card
 from tokencomp.training.ccam import comparison, sample_spans
 from tokencomp.training.data import ShapesQuestions
 from tokencomp.training.loop import LoopConfig
@@ -46,7 +46,7 @@ def measured(args: argparse.Namespace) -> Iterator[Found]:
     if args.free:
         files[FREE] = locate(args.free, facts, "ccam", f"{TRAIN} --no-causal")
     cards = {name: path.with_suffix(".json") for name, path in files.items()}
-    queries = read_card(files["ccam"])[1].queries
+    queries = Ccam(str(files["ccam"])).queries()
     for name in args.sets:
         families, scene, fewer = SETS[name]
         source = ShapesQuestions(families, args.items // fewer, args.split, **scene)
