@@ -33,13 +33,7 @@ from tokencomp.engine.memory import Memory
 from tokencomp.engine.rowmap import RowMap
 from tokencomp.errors import UnsupportedCacheError
 from tokencomp.tokens.tokens import Modality
-from tokencomp.torchlib.cache_classes import (
-    HYBRID,
-    HYBRID_SLIDING,
-    INDEXED,
-    QUANTIZED,
-    STATES,
-)
+from tokencomp.torchlib.cache_classes import HYBRID, HYBRID_SLIDING, INDEXED, QUANTIZED, STATES
 
 REFERENCE = "reference_sliding_attention"
 
@@ -69,8 +63,7 @@ def physical_length(layer: Any) -> int:
     if isinstance(layer, StaticLayer):
         if not layer.is_initialized:
             return 0
-        counted = getattr(layer, "cumulative_length", None)
-        return int(StaticLayer.get_seq_length(layer) if counted is None else counted)
+        return int(layer.cumulative_length)
     if getattr(layer, "_layer_type", None) == REFERENCE:
         return int(layer.prefill_cumulative_length + layer.cumulative_length)
     if isinstance(layer, (QUANTIZED, DynamicSlidingWindowLayer)):
@@ -115,13 +108,6 @@ class CacheOwner:
 
     def __reduce__(self) -> Any:  # a cache loaded from a file has no patch
         return CacheOwner, (self.compact,)
-
-
-PATCH_GONE = (
-    "this cache holds a prompt that a patch has compressed, and that patch is gone: removed, "
-    "replaced, suspended, or of another process. Keep the patch while you use its caches "
-    "(handle.set changes it in place), or start the conversation again."
-)
 
 
 # Python lets an object change its class only to one of the same memory layout. A base class other
@@ -187,7 +173,11 @@ class CompressedLayer(CacheLayerMixin):
         of ours per layer.
         """
         if self.owner is not None and not self.owner.active:
-            raise UnsupportedCacheError(PATCH_GONE)
+            raise UnsupportedCacheError(
+                "this cache holds a prompt that a patch has compressed, and that patch is gone: "
+                "removed, replaced, suspended, or of another process. Keep the patch while you use "
+                "its caches (handle.set changes it in place), or start the conversation again."
+            )
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -234,12 +224,10 @@ class CompressedLayer(CacheLayerMixin):
         return bool(wrong.any())
 
     def reset(self) -> None:
-        """Delete all rows and restore the class of the layer."""
+        """Delete all rows (a static layer zeroes them) and restore the class of the layer."""
         super().reset()
-        self._forget()
-
-    def _forget(self) -> None:
-        del self.row_map, self.starts_segment, self.owner
+        for name in ("row_map", "starts_segment", "owner", "offset"):
+            vars(self).pop(name, None)
         self.__class__ = self.plain
 
 
@@ -250,12 +238,7 @@ class CompressedDynamicLayer(CompressedLayer, DynamicLayer):
 
     def crop(self, length: int) -> None:
         """Remove `-length` rows, or (transformers < 5.14) cut to `length` columns. States go back
-        as many.
-
-        Raises
-        ------
-        UnsupportedCacheError
-            Among the removed rows are media with dropped tokens, or merged tokens.
+        as many. Refused as by `_rows_after_crop`.
         """
         rows = self._rows_after_crop(length)
         if isinstance(self, STATES):
@@ -448,11 +431,6 @@ class CompressedStaticLayer(CompressedLayer, StaticLayer):
         rows = self._rows_after_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
         self.note(self.row_map.cut(rows))
-
-    def reset(self) -> None:
-        """Zero all rows in place and restore the class of the layer."""
-        super().reset()
-        del self.offset
 
 
 # -- what a cache shows of pictures ---------------------------------------------------------------

@@ -283,27 +283,18 @@ class _Reached(Exception):
     hidden: Tensor
 
 
-class _FirstLayer(nn.Module):
-    """Stands in for the layers of a decoder."""
-
-    def __getattr__(self, name: str) -> Any:
-        # Decoders read attributes of a layer, such as its type, before they call it.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return None
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        raise _Reached(hidden_states)
-
-
-def with_embeddings(decoder: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+def with_embeddings(decoder: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a decoder call with embeddings instead of token ids and pixels.
 
     A shallow copy of the decoder runs up to its first layer, so that the tower runs once.
     """
-    clone = shallow_copy(decoder)
-    clone._modules["layers"] = nn.ModuleList([_FirstLayer()])
+
+    def reach(hidden_states: Tensor, *args: Any, **kwargs: Any) -> None:
+        raise _Reached(hidden_states)
+
+    clone, first = shallow_copy(decoder), shallow_copy(decoder.layers[0])
+    first.forward, first.gradient_checkpointing = reach, False
+    clone._modules["layers"] = nn.ModuleList([first])
     call = {k: v for k, v in arguments.items() if k not in (*compat.CACHE_NAMES, "use_cache")}
     try:
         type(clone).forward(clone, **call, use_cache=False)
