@@ -1,17 +1,7 @@
 """The engine: what happens to a prompt between the caller and the decoder layers.
 
-    generate ─ body ─► read ──► plan ──► score ──► choose ──► gather ──► layers ──► restore
-                       │        │        │         │          │          │          │
-    arguments          Call,    counts   attention rows and   RowMap',   masks of   output of
-    + modalities       RowMap   of spans scores    weights    arguments  layer      full length,
-                                ▲                             of rows    types      cache: RowMap'
-                                └────────────── again before a stage between layers ──┘
-
-The order of the passes is in `decoder.py`. The passes are modules: `prompt.py` (read), `call.py`
-(counts of the plan), `scores.py`, `choose.py`, `gather.py` (gather and restore), and `layers.py`
-with `masks.py`. `later.py` has the calls after the prompt, and the chunks of a prompt. `checks.py`
-lists what is refused before anything runs. Merging with weights is `weights.py`, the stage in the
-vision tower `tower/`, and what a cache shows of pictures `memory.py`.
+`decoder.py` has the order of the passes, and `docs/structure.md` a drawing of them, one walk of a
+prompt, and the subject of every module. Here are the words, and an example of two turns.
 
 Five data classes: `VisualSpan` (an image in the prompt), `RowMap` (which column every row holds),
 `Tokens` (what a reducer sees), `Kept` (what it keeps), and `Call` (one decoder call).
@@ -59,20 +49,7 @@ Second call: `DecoderHooks._enter` (`decoder.py`) finds a compressed cache. (A t
 through the seven passes again, with the map of the cache as `past`.) `LaterTokens._turn`
 (`later.py`) reads the padding of the turn, which are the last columns of the caller's mask;
 `build_segments` (`call.py`) takes the map of the cache as `past` and the new rows as `new`; and
-`Masks` (`masks.py`) joins both:
-
-    segment 0         `Masks.decoder_mask` makes the 2-D mask above (`_padding`) before the decoder
-                      runs, and the decoder makes the masks of its layers from it. Where the
-                      decoder's would be wrong (a token was dropped, so that a window of rows
-                      reaches too far; or the body has made masks of uncompressed columns),
-                      `decoder_mask` makes one per layer type instead, as below.
-    other segments    `Masks.of`, once for each layer type of the segment, when its first layer is
-                      entered: it asks `LayerType.mask`, and the hook of the layer (`layers.py`)
-                      passes the mask instead of the decoder's.
-
-In a mask that we make, windows are measured in columns (with `positions="compact"` in rows):
-`Masks._window` looks up the column of every row, and `LayerType.visible` (`layer_types.py`)
-compares those of query and key.
+`Masks` (`masks.py`) joins both in the 2-D mask above (`_padding`), or in a mask per layer type.
 
 If the stage merges (sample 0: columns 2 and 3 into column 1), attention counts a row as the tokens
 that it represents, in the first call and in all later ones (`weights.py`):

@@ -1,9 +1,10 @@
 """Attention masks of every segment and layer type after dropping.
 
 transformers builds one mask per layer type and counts rows. Here sliding and chunked windows are
-measured in columns, like the rotary embedding. Dropping a token then equals masking it: no other
-token enters the window in its place. A window of four columns, seen by the last token, when columns
-2, 3 and 5 were dropped:
+measured in columns, like the rotary embedding (with `positions="compact"` in rows): `Masks._window`
+looks up the column of every row, and `LayerType.visible` compares those of query and key. Dropping
+a token then equals masking it: no other token enters the window in its place. A window of four
+columns, seen by the last token, when columns 2, 3 and 5 were dropped:
 
     column of the prompt   0  1  2  3  4  5  6  7
     kept                   x  x  .  .  x  .  x  x
@@ -13,18 +14,16 @@ token enters the window in its place. A window of four columns, seen by the last
 Who builds a mask:
 
     segment 0   the decoder, from the 2-D mask of `Masks.decoder_mask`; or, where the decoder's mask
-                would be wrong for a layer type (`LayerType.needs_own_mask`), or masks add the
-                weights of merged rows, `Masks.decoder_mask` itself: one mask per layer type, which
-                the decoder passes on
+                would be wrong for a layer type (`LayerType.needs_own_mask`), the body has made
+                masks of uncompressed columns, or masks add the weights of merged rows,
+                `Masks.decoder_mask` itself: one mask per layer type, which the decoder passes on
     others      `Masks.of`, when the first layer of a type is entered; `LayerHooks._layer`
                 (`layers.py`) passes it in place of the decoder's
-    one later token without padding and windows: nobody, it attends to all rows; or, where tokens
-                were merged, `RowMap.log_weights`
 
-This holds for prompts and for later turns. Of the caller's mask a later turn reads only the columns
-of the turn: the cache layers store which of their rows are real. A chunked prefill
-(`ChunkedPrefill`) passes the first entries of the 2-D mask to each of its passes; where we build
-one mask per layer type, a prompt is not chunked.
+This holds for prompts and for later turns (`later.py` lists those without a mask). Of the caller's
+mask a later turn reads only the columns of the turn: the cache layers store which of their rows are
+real. A chunked prefill (`ChunkedPrefill`) passes the first entries of the 2-D mask to each of its
+passes; where we build one mask per layer type, a prompt is not chunked.
 
 Masks that the body has prepared, in which tokens of an image attend to each other, are gathered by
 column and never rebuilt.
