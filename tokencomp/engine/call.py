@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.towers.base import TowerCall
 from tokencomp.engine.cache import CompressedLayer, first_layer, memory_of, physical_length
-from tokencomp.engine.layer_types import LayerType, LayerTypes
+from tokencomp.engine.layer_types import CHUNKED, LayerType, LayerTypes
 from tokencomp.engine.memory import Entered, Memory
 from tokencomp.engine.rowmap import RowMap, joined_columns, joined_mask, joined_weights
 from tokencomp.errors import copy_error
@@ -416,7 +416,7 @@ class Call:
 
         None if it is unknown, or if no window counts from there.
         """
-        if not self.layer_types.count_from_start:
+        if CHUNKED.name not in self.layer_types.sizes:
             return None
         past = self.segments[0].past
         if past.starts is not None or not self.spans:

@@ -177,13 +177,7 @@ def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
 
 
 def scored_stages(plan: Plan, adapter: Adapter) -> Iterator[tuple[int, int, Attention]]:
-    """Stages scored by an earlier layer: layer of the stage, scoring layer, and signal.
-
-    Raises
-    ------
-    PlanError
-        No layer before a stage has attention.
-    """
+    """Stages scored by an earlier layer: layer of the stage, scoring layer, and signal."""
     layer_types = LayerTypes.of(adapter.decoder)
     for stage in plan.layer_stages:
         for signal in stage.needs if stage.most > 0 else ():

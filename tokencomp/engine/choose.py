@@ -239,15 +239,11 @@ def _host_tables(
         tables["cells"] = cell_table(cuts)
     # Spans that keep all tokens have scores too, which the reducer does not see.
     if scores is not None and len(scores) > sum(lengths):
-        tables["scored"] = _scored_rows(row_map, cuts)
+        firsts = starts_of([s.count for spans in row_map.spans for s in spans])
+        before = starts_of([len(spans) for spans in row_map.spans])  # spans of earlier samples
+        numbers = [before[b] + j for b, j in (cut.span_id for cut in cuts)]
+        tables["scored"] = rows_of(firsts, numbers)
     return tables, adjacent
-
-
-def _scored_rows(row_map: RowMap, cuts: list[Cut]) -> np.ndarray[Any, Any]:
-    """Indices of the tokens of some spans among the kept tokens of all spans."""
-    starts = starts_of([s.count for spans in row_map.spans for s in spans])
-    before = starts_of([len(spans) for spans in row_map.spans])  # spans of earlier samples
-    return rows_of(starts, [before[b] + j for b, j in (cut.span_id for cut in cuts)])
 
 
 def _of_prompts(

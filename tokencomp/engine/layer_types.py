@@ -33,23 +33,17 @@ class LayerType:
         Field of the text config with the size of its window, in tokens.
     attends
         Whether it has queries and keys, one row per token, so that its attention can score tokens.
-    counts_from_start
-        Whether windows are counted from the first real column of every sample.
     skips_masks
         Whether transformers may omit a mask that hides nothing.
     masks_single_tokens
         Whether the decoder builds a mask for a single token, too.
-    cuts_later_turns
-        Whether only the first prompt is kept whole, so that media of later turns are refused.
     """
 
     name: str
     window_field: ClassVar[str | None] = None
     attends: ClassVar[bool] = True
-    counts_from_start: ClassVar[bool] = False
     skips_masks: ClassVar[bool] = True
     masks_single_tokens: ClassVar[bool] = False
-    cuts_later_turns: ClassVar[bool] = False
 
     def visible(self, query: Any, key: Any, size: int, start: Any) -> Any:
         """Whether an earlier key is in the window of `size` tokens of a query.
@@ -91,10 +85,12 @@ class Sliding(LayerType):
 
 
 class Chunked(LayerType):
-    """Chunked attention (Llama 4): queries see their chunk of `size` columns."""
+    """Chunked attention (Llama 4): queries see their chunk of `size` columns.
+
+    Chunks are counted from the first real column of every sample (`Call.first_columns`).
+    """
 
     window_field = "attention_chunk_size"
-    counts_from_start = True
 
     def visible(self, query: Any, key: Any, size: int, start: Any) -> Any:
         return (key - start) // size == (query - start) // size
@@ -119,7 +115,6 @@ class Reference(LayerType):
     """
 
     masks_single_tokens = True
-    cuts_later_turns = True
 
     def needs_own_mask(self, masks: Any, segment: Any, exceeded: bool) -> bool:
         """Whether rows are padded: transformers looks up padding at shifted columns."""
@@ -159,12 +154,13 @@ class State(Mixing):
 
 FULL = LayerType("full_attention")
 SLIDING = Sliding("sliding_attention")
+CHUNKED = Chunked("chunked_attention")
 CONVOLUTION = State("linear_attention")  # decoders take masks of convolutions by this name
 ROWS = (
     FULL,
     SLIDING,
     CONVOLUTION,
-    Chunked("chunked_attention"),
+    CHUNKED,
     Indexed("indexed_attention"),
     Reference(REFERENCE),
     State("conv"),
@@ -260,22 +256,14 @@ class LayerTypes:
         return not masked and not self.relative and self.cut is None
 
     @cached_property
+    def cut_later_turns(self) -> bool:
+        """Whether only the first prompt is kept whole, so that media of later turns are refused."""
+        return any(isinstance(layer_type, Reference) for layer_type in self.types)
+
+    @cached_property
     def linear(self) -> bool:
         """Whether a layer has a recurrent state, instead of rows or in addition."""
         return self.convolves or any(isinstance(layer_type, State) for layer_type in self.types)
-
-    @cached_property
-    def count_from_start(self) -> bool:
-        """Whether a window counts from the first real column of every sample."""
-        return any(
-            layer_type.counts_from_start
-            for layer_type in self.types
-            if layer_type.name in self.sizes
-        )
-
-    @cached_property
-    def cut_later_turns(self) -> bool:
-        return any(layer_type.cuts_later_turns for layer_type in self.types)
 
 
 @functools.lru_cache(maxsize=64)  # cached properties are then computed once per config

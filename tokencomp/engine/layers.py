@@ -61,7 +61,7 @@ class LayerHooks(CallHooks):
         self._plan = Plan()
         self._staged = False
         self.hooked: list[nn.Module] = []
-        self._scores: list[Any] = []
+        self._scores = CallHooks(adapter, calls)  # of attention modules that score
 
     def install(self, plan: Plan) -> None:
         """Hook the layers and the attention modules that score for a stage of `plan`."""
@@ -72,13 +72,11 @@ class LayerHooks(CallHooks):
                 # Before hooks of other libraries, which then see the rows of the layer.
                 run = functools.partial(self._layer, i)
                 self._before(layer, run, traced=self._has_call, prepend=True)
-        layers, self._handles = self._handles, []
         for stage, number, signal in scored_stages(plan, self.adapter):
             score = functools.partial(self._score, stage, number, signal)
             # Before the hook of FSDP2, which reshards the weights after the call.
             attn = attention_of(self.adapter.layers[number])
-            self._after(attn, score, traced=self._has_call, prepend=True)
-        self._scores, self._handles = self._handles, layers
+            self._scores._after(attn, score, traced=self._has_call, prepend=True)
 
     def follow_wrappers(self) -> None:
         """Move the hooks to wrappers that were added since (`CheckpointWrapper`)."""
@@ -87,9 +85,7 @@ class LayerHooks(CallHooks):
 
     def withdraw(self) -> None:
         """Remove the hooks that only the current plan needs."""
-        for handle in self._scores:
-            handle.remove()
-        self._scores = []
+        self._scores.remove()
 
     def remove(self) -> None:
         """Remove all hooks; safe to call twice."""

@@ -101,7 +101,9 @@ class PackedRows(TowerRows):
             kwargs["max_seqlen"] = longest
         tables = kwargs.get("position_embeddings")
         if tables is not None:
-            kwargs["position_embeddings"] = tuple(self._once(self._table, t) for t in tables)
+            kwargs["position_embeddings"] = tuple(
+                self._once(lambda table: table[self.index], t) for t in tables
+            )
         return (hidden, *rest), kwargs
 
     def full_length(self, x: Tensor) -> Tensor:
@@ -116,9 +118,6 @@ class PackedRows(TowerRows):
         """Positions of the kept cells in the sequence, see `Cells.order`."""
         unit = self.cells.members.shape[1]
         return self.index[::unit] // unit
-
-    def _table(self, table: Tensor) -> Tensor:
-        return table[self.index]
 
     def bounds(self, bounds: Tensor) -> tuple[Tensor, int]:
         """Bounds of the sequences after dropping, without empty ones, and the longest length."""
