@@ -519,23 +519,17 @@ def note_prompt(call: Any, cache: Any, owner: CacheOwner) -> Any:
         layers = cache.layers[segment.first : None if last else segment.stop]
         # Decoders can leave layers of their cache unused.
         layers = [x for x in layers if isinstance(x, CacheLayerMixin) and x.is_initialized]
-        if layers:
-            _note_segment(segment, layers, starts, owner)
+        if not layers:
+            continue
+        device = layers[0].device
+        row_map = segment.past.append(segment.counted, len(call.spans), device)
+        row_map.starts = starts
+        for layer in layers:
+            moved = row_map if layer.device == device else row_map.to(layer.device)
+            compress_layer(layer, moved, layer is layers[0] and segment.first > 0)
+            layer.owner = owner
     first.row_map = replace(first.row_map, memory=call.memory_after(first))
     return first
-
-
-def _note_segment(
-    segment: Any, layers: list[Any], starts: Tensor | None, owner: CacheOwner
-) -> None:
-    """Store the map of a segment on its cache layers."""
-    device, batch = layers[0].device, len(segment.new.lengths)
-    row_map = segment.past.append(segment.counted, batch, device)
-    row_map.starts = starts
-    for layer in layers:
-        own = row_map if layer.device == device else row_map.to(layer.device)
-        compress_layer(layer, own, layer is layers[0] and segment.first > 0)
-        layer.owner = owner
 
 
 def note_turn(call: Any, cache: Any) -> None:

@@ -101,9 +101,7 @@ class Segment:
         return self.past.weights is not None or (self.merges and self.new.weights is not None)
 
     def weights(self, batch: int, device: torch.device) -> Tensor | None:
-        """Number of tokens as which attention counts every row, cached or new, (B, rows); None: one
-        each.
-        """
+        """Tokens as which attention counts every row, cached or new, (B, rows); None: one each."""
         return joined_weights(self.past, self.counted, batch, device)
 
     def contiguous_positions(self, mask: Tensor | None, x: Tensor) -> Tensor:
@@ -485,7 +483,5 @@ class CallHooks(Hooked):
         raise copy_error(type(self.adapter.model).__name__)
 
     def _has_call(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
-        """Whether a decoder call with other rows, masks or positions than the caller's is
-        running.
-        """
+        """Whether a call with other rows, masks or positions than the caller's is running."""
         return self.calls.state.call is not None

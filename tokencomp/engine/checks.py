@@ -12,12 +12,12 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.cache_utils import StaticLayer
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache import DYNAMIC, CompressedLayer, is_reference
-from tokencomp.engine.call import Call, Segment
+from tokencomp.engine.call import Call, Noted, Segment
 from tokencomp.engine.capture import attention_of
 from tokencomp.engine.layer_types import LayerTypes
 from tokencomp.errors import (
@@ -437,10 +437,14 @@ def check_entered(segments: Sequence[Segment], decoder: Any) -> None:
         )
 
 
-def refuse_missing(x: Tensor) -> None:
-    """Refuse embeddings (B, n, d) with tokens dropped in the tower, without a tower stage."""
-    missing = int(x.isnan().any(-1).sum())
-    if missing:
+def refuse_missing(adapter: Adapter, arguments: Mapping[str, Any], noted: Noted) -> None:
+    """Refuse embeddings with tokens dropped in the tower, without a tower stage.
+
+    NaN in features that this call has encoded itself comes from the model.
+    """
+    x = arguments.get("inputs_embeds")
+    encoded = any(adapter.encodes(given or {}) for given in (noted.arguments, noted.inputs))
+    if x is not None and not encoded and (missing := int(x.isnan().any(-1).sum())):
         raise SpanError(
             f"{missing} visual tokens were dropped in the vision tower, but this prompt runs "
             "without a tower stage (the handle is disabled or has changed since, or the places of "

@@ -58,7 +58,7 @@ from tokencomp.engine.later import (
 from tokencomp.engine.layers import LayerHooks
 from tokencomp.engine.masks import Masks, read_mask
 from tokencomp.engine.prompt import read_prompt, with_embeddings
-from tokencomp.engine.stats import RatioCheck, Stats
+from tokencomp.engine.stats import Stats, warn_of_missed_ratio
 from tokencomp.engine.tower.stage import TowerHooks
 from tokencomp.engine.weights import RowWeights
 from tokencomp.errors import UnsupportedModelError
@@ -89,7 +89,7 @@ class DecoderHooks(CallHooks):
         self.plan = plan
         self.stats: Stats | None = None
         self._owner, self._featureless = owner, featureless
-        self._ratios = RatioCheck()
+        self._missed: set[str] = set()  # plans that a prompt has missed
         self.weights = RowWeights(adapter, calls)
         self._later = LaterTokens(adapter, calls, owner.compact, self.weights)
         self._layers = LayerHooks(adapter, calls)
@@ -174,7 +174,7 @@ class DecoderHooks(CallHooks):
         if not noted.in_body and self.compresses() and begins_prompt(arguments):
             self._featureless.meet(arguments)  # the decoder was called without the body
         if self.tower.had_stage:
-            self._refuse_missing(arguments)
+            refuse_missing(self.adapter, arguments, noted)
         apart = noted.apart if noted.in_body else media_apart(self.adapter, arguments)
         if apart:
             forget(cache, apart)
@@ -192,7 +192,7 @@ class DecoderHooks(CallHooks):
         if arguments.get("inputs_embeds") is None:
             arguments = with_embeddings(module, arguments)
         if plan.tower is None and self.tower.had_stage:
-            self._refuse_missing(arguments)
+            refuse_missing(self.adapter, arguments, noted)
         check_cache(cache, bool(plan.layer_stages))
         arguments, mask, prepared = dict(arguments), arguments.get("attention_mask"), None
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
@@ -245,17 +245,6 @@ class DecoderHooks(CallHooks):
                 call.earlier += [out[0]] if needed else []
         return chunk
 
-    def _refuse_missing(self, arguments: dict[str, Any]) -> None:
-        """Refuse features with tokens dropped in the tower, if the plan has no tower stage.
-
-        NaN in features that this call has encoded itself comes from the model.
-        """
-        if arguments.get("inputs_embeds") is None:
-            return
-        noted = self.calls.state.noted
-        if not any(self.adapter.encodes(a or {}) for a in (noted.arguments, noted.inputs)):
-            refuse_missing(arguments["inputs_embeds"])
-
     # -- within and after a call ----------------------------------------------------------------
 
     def _true_positions(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -294,7 +283,7 @@ class DecoderHooks(CallHooks):
         if call.earlier:
             out = whole_output(out, call.earlier)
         self.stats = stats = Stats.of_call(call, layer)
-        self._ratios.look(stats, call.plan)
+        warn_of_missed_ratio(stats, call.plan, self._missed)
         text_only = 0 < state.noted.logits <= call.tail
         if text_only and "logits_to_keep" in kwargs:
             # The model needs only the rows of these logits.
@@ -310,14 +299,8 @@ def set_arguments(
 ) -> None:
     """Set embeddings, positions and mask of a decoder call in place.
 
-    Parameters
-    ----------
-    x : Tensor, shape (B, n, d)
-        Embeddings of the kept rows.
-    positions : Tensor of int64, shape (3, B, n) for M-RoPE, else (B, n)
-        Their original positions.
-    mask : Tensor of bool, shape (B, n), or None
-        False at padding rows; None: all are real.
+    Of the kept rows: embeddings x (B, n, d), original positions, (3, B, n) for M-RoPE, else (B, n),
+    and a mask (B, n), which is False at padding rows; None: all are real.
     """
     first, rows = call.segments[0], call.map
     if rows.packed:
@@ -347,12 +330,8 @@ def _set_positions(call: Call, arguments: MutableMapping[str, Any], positions: T
 
     Original positions of kept tokens have gaps. FlashAttention, and mask functions if there is no
     mask, take a gap for the start of another packed prompt. They get positions without gaps, and
-    only the rotary embedding gets the original `positions`, (3, B, n) for M-RoPE, else (B, n).
-
-    Returns
-    -------
-    bool
-        Whether `position_ids` are the original positions, so that the call needs a mask.
+    only the rotary embedding gets the original `positions`. Returns whether `position_ids` are the
+    original positions, so that the call needs a mask.
     """
     adapter = call.adapter
     text = text_positions(call.map, positions.device)

@@ -109,8 +109,7 @@ class LayerHooks(CallHooks):
             kwargs.pop("hidden_states", None)
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
-        # The first layer of the segment runs the stage. Then every argument gets the segment's
-        # rows.
+        # The first layer of the segment runs the stage. Every argument gets the segment's rows.
         if not segment.ready:
             hidden = _begin_segment(call, segment, hidden, kwargs)
         layer_type = call.layer_types.types[i]

@@ -271,23 +271,13 @@ class Masks:
 def read_mask(
     arguments: Mapping[str, Any], layer: Any, body_mask: Any
 ) -> tuple[Tensor | None, Any]:
-    """Padding of a decoder call, and the mask that the body prepared.
+    """The 2-D mask of a decoder call (B, past + queries), and the mask that the body prepared.
 
-    Parameters
-    ----------
-    layer
-        The first cache layer with rows, or None.
-    body_mask
-        The mask of the body. If it has more than two axes or is a mapping, the caller has prepared
-        it, and that of the decoder is passed to `padding_of`.
-
-    Returns
-    -------
-    padding : Tensor, shape (B, past + queries), or None
-        The 2-D mask; None if all columns are real.
-    prepared : mask (B, heads, L, columns), mapping from layer types to such masks, or None
-        None, also for a layer type: plain causal attention, the only kind that FlashAttention
-        supports.
+    The 2-D mask is None if all columns are real. The other is (B, heads, L, columns), or a mapping
+    from layer types to such masks; None, also for a layer type, is plain causal attention, the only
+    kind that FlashAttention supports. `layer` is the first cache layer with rows, or None. If
+    `body_mask`, that of the body, has more than two axes or is a mapping, the caller has prepared
+    it, and `padding_of` reads the mask of the decoder.
     """
     mask = arguments.get("attention_mask")
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
@@ -315,26 +305,11 @@ def _dense(mask: Any) -> bool:
 
 
 def padding_of(mask: Any, queries: int, past: int) -> Tensor | None:
-    """Recover the 2-D mask (B, past + queries) from a prepared `mask`.
+    """Recover the 2-D mask (B, past + queries), bool, from a prepared `mask`.
 
-    Parameters
-    ----------
-    mask
-        An `attention_mask` of a decoder: None, a 2-D mask, a bool or additive mask (B, 1, queries,
-        columns), or a mapping from layer types to those.
-    queries
-        Rows of the call.
-    past
-        Rows (keys) before those of the call.
-
-    Returns
-    -------
-    Tensor of bool, or None if all columns are real. A 2-D mask is returned unchanged.
-
-    Raises
-    ------
-    UnsupportedCacheError
-        The mask hides more than padding and future tokens.
+    The mask is bool or additive, (B, 1, queries, columns), a 2-D one, or None for all columns; or a
+    mapping from layer types to those. `past` rows precede the `queries` of the call. Raises
+    `UnsupportedCacheError` if the mask hides more than padding and future tokens.
     """
     if isinstance(mask, Mapping):
         attention = {

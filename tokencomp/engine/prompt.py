@@ -122,12 +122,8 @@ def read_positions(
 ) -> tuple[Tensor, Tensor | None]:
     """Positions of an uncompressed decoder call, and those that separate packed prompts.
 
-    Returns
-    -------
-    Tensor of int64
-        (3, B, L) for M-RoPE, else (B, L).
-    Tensor of int64, or None
-        (B, L) or (1, L); None if the caller passed none.
+    The former are (3, B, L) for M-RoPE, else (B, L); the latter (B, L) or (1, L), or None if the
+    caller passed none.
     """
     x, positions = arguments["inputs_embeds"], arguments.get("position_ids")
     batch, n = x.shape[:2]

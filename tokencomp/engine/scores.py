@@ -85,8 +85,8 @@ class StageScores:
             Input of the module that scores.
         arguments
             Its other arguments: rotary tables, and positions if it reads them.
-        rows
-            Map of the call. Only the question of every prompt votes, see `Prompt.question_stop`.
+        row_map
+            Of the call. Only the question of every prompt votes, see `Prompt.question_stop`.
         cache, past
             KV cache, and rows of earlier turns in the cache layer of the module.
         ran

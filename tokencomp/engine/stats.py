@@ -322,7 +322,7 @@ class Stats:
 
     def summary(self) -> dict[str, Any]:
         """The numbers as plain types, ready for JSON."""
-        return {
+        numbers = {
             "tokens_before": self.tokens_before,
             "tokens_after": self.tokens_after,
             "ratio": self.ratio,
@@ -332,15 +332,11 @@ class Stats:
             "flops_after": self.flops_after,
             "kv_bytes_before": self.kv_bytes_before,
             "kv_bytes_after": self.kv_bytes_after,
-            **self._tower_summary(),
         }
-
-    def _tower_summary(self) -> dict[str, Any]:
-        """What a stage in the vision tower saved; empty without one."""
         if self._survivors is None:
-            return {}
+            return numbers
         tower, projector = self.tower_flops, self.projector_flops
-        return {
+        return numbers | {
             "tower_ratio": self.tower_ratio,
             "tower_kept": self.entering,
             "tower_flops_before": tower[0],
@@ -360,42 +356,35 @@ def _sums(pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
     return sum(firsts), sum(seconds)
 
 
-class RatioCheck:
-    """Warns, once per plan, of a prompt that misses its ratio by more than rounding."""
+def warn_of_missed_ratio(stats: Stats, plan: Plan, missed: set[str]) -> None:
+    """Warn if a prompt is the first to miss the ratio of its plan by more than rounding.
 
-    def __init__(self) -> None:
-        self._warned: set[str] = set()  # names of plans
-
-    def look(self, stats: Stats, plan: Plan) -> None:
-        """Warn if a prompt is the first to miss the ratio of its plan.
-
-        Tolerance: one token per span, or a twentieth of the tokens that should be kept. Plans whose
-        reducers all choose their keep counts promise no ratio, nor does a stage in the tower that
-        does: its ratio is a lower bound.
-        """
-        tower, itself = plan.tower, [counts_itself(s.reducer) for s in plan.stages]
-        special = any(span.special for row in stats.spans for span in row)
-        if tower is None and not special and not any(itself):
-            return  # counts are only rounded
-        if (tower is not None and tower.decides) or (itself and all(itself)):
-            return
-        planned, achieved = stats.requested_ratio, stats.ratio
-        before, spans = sum(stats.tokens_before), sum(map(len, stats.spans))
-        stages = [
-            (s.layer, s.fraction, s.by_modality, s.budget, s.reducer.name) for s in plan.stages
-        ]
-        name = f"{stages}{tower and (tower.fraction, tower.budget)}"
-        missed = abs(planned - achieved) > max(0.05 * (1 - planned), spans / max(1, before))
-        if not missed or name in self._warned:
-            return
-        self._warned.add(name)
-        warnings.warn(
-            f"a prompt was planned for ratio {planned:.5g} and reached {achieved:.5g}: "
-            f"{_reason(stats, itself)}. The handle's stats have the counts of every prompt. This "
-            "warning appears once per plan.",
-            RatioWarning,
-            stacklevel=3,
-        )
+    Tolerance: one token per span, or a twentieth of the tokens that should be kept. Plans whose
+    reducers all choose their keep counts promise no ratio, nor does a stage in the tower that does:
+    its ratio is a lower bound. `missed` holds the names of plans that have had the warning.
+    """
+    tower, itself = plan.tower, [counts_itself(s.reducer) for s in plan.stages]
+    special = any(span.special for row in stats.spans for span in row)
+    if tower is None and not special and not any(itself):
+        return  # counts are only rounded
+    if (tower is not None and tower.decides) or (itself and all(itself)):
+        return
+    planned, achieved = stats.requested_ratio, stats.ratio
+    before, spans = sum(stats.tokens_before), sum(map(len, stats.spans))
+    if abs(planned - achieved) <= max(0.05 * (1 - planned), spans / max(1, before)):
+        return
+    stages = [(s.layer, s.fraction, s.by_modality, s.budget, s.reducer.name) for s in plan.stages]
+    name = f"{stages}{tower and (tower.fraction, tower.budget)}"
+    if name in missed:
+        return
+    missed.add(name)
+    warnings.warn(
+        f"a prompt was planned for ratio {planned:.5g} and reached {achieved:.5g}: "
+        f"{_reason(stats, itself)}. The handle's stats have the counts of every prompt. This "
+        "warning appears once per plan.",
+        RatioWarning,
+        stacklevel=3,
+    )
 
 
 def _reason(stats: Stats, itself: list[bool]) -> str:

@@ -266,8 +266,7 @@ class RowWeights(CallHooks):
         UnsupportedModelError
             These layers do not call the backend that their config names.
         """
-        missing = call.weighing.missing
-        missing = {i for i in missing if call.segment_of[i].weighted}
+        missing = {i for i in call.weighing.missing if call.segment_of[i].weighted}
         if missing:
             raise UnsupportedModelError(
                 f"merge=True: the attention of layers {sorted(missing)} of "

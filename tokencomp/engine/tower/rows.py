@@ -99,11 +99,9 @@ class PackedRows(TowerRows):
         cost.bounds.append((bounds, kwargs["cu_seqlens"]))
         if kwargs.get("max_seqlen") is not None:
             kwargs["max_seqlen"] = longest
-        tables = kwargs.get("position_embeddings")
-        if tables is not None:
-            kwargs["position_embeddings"] = tuple(
-                self._once(lambda table: table[self.index], t) for t in tables
-            )
+        if (tables := kwargs.get("position_embeddings")) is not None:
+            kept = (self._once(lambda table: table[self.index], table) for table in tables)
+            kwargs["position_embeddings"] = tuple(kept)
         return (hidden, *rest), kwargs
 
     def full_length(self, x: Tensor) -> Tensor:
