@@ -14,83 +14,45 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from importlib import import_module
 
 from benchmarks.accuracy import report
-from benchmarks.accuracy.store import ACCURACY, RESULTS
-from benchmarks.accuracy.studies import (
-    adsc,
-    baselines,
-    ccam,
-    choose,
-    intervals,
-    long_video,
-    margin,
-    newer,
-    order,
-    pixels,
-    retrieval,
-    selector,
-    selector_features,
-    session,
-    tower,
-)
+from benchmarks.accuracy.store import ACCURACY
+from benchmarks.accuracy.studies import choose, long_video
 from benchmarks.experiment import Files, write
-from benchmarks.files import accuracy as frames
-from benchmarks.files import clock, stream
 from benchmarks.frontier import page as frontier
 from benchmarks.gpu import recompute
-from benchmarks.kernels import calls, roofline, weights
+from benchmarks.kernels import roofline
 from benchmarks.long import choice as long_choice
 from benchmarks.long import page as long_answers
-from benchmarks.models import chunked_prefill, decoding, prefill, rounding, total
-from benchmarks.models import tower as first_token
 from benchmarks.mutants import __main__ as mutants
-from benchmarks.peers import run as peers
 from benchmarks.publishing import FOLDER
-from benchmarks.real import candidates, clip_answers, clips
-from benchmarks.real import run as photographs
-from benchmarks.screens import __main__ as screens
-from benchmarks.screens import answers, receipts
-from benchmarks.serving import (
-    agents,
-    attacker,
-    burst,
-    clients,
-    merging,
-    positions,
-    ratio_zero,
-    transfer,
-)
-from benchmarks.serving import run as serving
-from benchmarks.sounds import run as sounds
 from tokencomp.cli import one_message
 
-EXPERIMENTS = [
-    module.EXPERIMENT
-    for module in (
-        intervals, pixels, retrieval, session, frames, clock, stream, calls, weights,
-        chunked_prefill, decoding, prefill, rounding, first_token, total, peers, photographs,
-        candidates, clip_answers, clips, screens, answers, receipts, agents, attacker, burst,
-        clients, merging, positions, ratio_zero, serving, sounds, transfer,
-    )
-]  # fmt: skip
-STUDIES = [module.STUDY for module in (adsc, ccam, selector, selector_features)]
+MODULES = """
+accuracy.studies.intervals accuracy.studies.pixels accuracy.studies.retrieval
+accuracy.studies.session files.accuracy files.clock files.stream kernels.calls kernels.weights
+models.chunked_prefill models.decoding models.prefill models.rounding models.tower models.total
+peers.run real.run real.candidates real.clip_answers real.clips screens.__main__ screens.answers
+screens.receipts serving.agents serving.attacker serving.burst serving.clients serving.merging
+serving.positions serving.ratio_zero serving.run sounds.run serving.transfer
+"""
+STUDIES = "benchmarks.accuracy.studies"
+EXPERIMENTS = [import_module(f"benchmarks.{name}").EXPERIMENT for name in MODULES.split()]
+TRAINED = ("adsc", "ccam", "selector", "selector_features")
+STORED = ("baselines", "margin", "newer", "order", "tower")
 SETS = ("results", "unseen", "counting", "chance", "hard", "long")
 LONG_VIDEO = ("tiny-qwen2-vl", "tiny-llava-onevision")
 PAGES: dict[str, Callable[[], Files]] = {
     **{one.name: one.files for one in EXPERIMENTS},
-    **{f"accuracy/{one.name}": one.files for one in STUDIES},
+    **{f"accuracy/{name}": import_module(f"{STUDIES}.{name}").STUDY.files for name in TRAINED},
+    **{f"accuracy/{name}": import_module(f"{STUDIES}.{name}").files for name in STORED},
     **{
         f"accuracy/long_video-{model}": lambda model=model: long_video.STUDY.files(model)
         for model in LONG_VIDEO
     },
     **{f"accuracy/{name}": lambda name=name: report.files(ACCURACY / name) for name in SETS},
-    "accuracy/baselines": baselines.files,
-    "accuracy/choice": lambda: choose.files(RESULTS),
-    "accuracy/margin": margin.files,
-    "accuracy/newer": newer.files,
-    "accuracy/order": order.files,
-    "accuracy/tower": tower.files,
+    "accuracy/choice": choose.files,
     "frontier": frontier.files,
     "kernels/roofline": roofline.files,
     "mutants": lambda: {

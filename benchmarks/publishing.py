@@ -27,6 +27,7 @@ __all__ = [
     "csv_text",
     "dense",
     "environment",
+    "interval_columns",
     "parser",
     "provenance",
     "published_from",
@@ -112,6 +113,12 @@ def table(
     lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
     rules = [rule] * (len(head) - right) + [f"{rule}:"] * right
     return "\n".join([lines[0], f"|{'|'.join(rules)}|", *lines[1:]])
+
+
+def interval_columns(name: str, value: Any) -> dict[str, float | None]:
+    """Cells of a statistic and of its interval, empty for None."""
+    parts = {"": "value", "_low": "low", "_high": "high"}
+    return {name + end: None if value is None else getattr(value, p) for end, p in parts.items()}
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:

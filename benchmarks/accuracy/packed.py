@@ -148,9 +148,14 @@ class PackedAnswers:
 
         Raises
         ------
-        KeyError
-            A run has not answered a question of the first run.
+        OptionError
+            A question was not answered.
         """
+        for label, run in runs.items():
+            for one in run.failed:
+                raise OptionError(
+                    f"{label}: {one['id']} was not answered ({one['error']}). Try again."
+                )
         questions = Questions.of(next(iter(runs.values())).answered if runs else ())
         records = {label: {r["id"]: r for r in run.answered} for label, run in runs.items()}
         rows = {label: [by_id[name] for name in questions.ids] for label, by_id in records.items()}

@@ -1,15 +1,11 @@
 """The pages of the accuracy benchmark, from its result files alone.
 
-python -m benchmarks.accuracy.report    # → README.md
-python -m benchmarks.accuracy.report --results benchmarks/accuracy/unseen
-
 A page has the default, its variants, the baselines and the best other methods at three ratios. The
-CSV file of a model has every method, ratio and question family.
+tables of a model have every method, ratio and question family.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import json
@@ -30,9 +26,8 @@ from benchmarks.accuracy.store import (
     kind_of,
     read_all,
 )
-from benchmarks.experiment import Files, write
+from benchmarks.experiment import Files
 from benchmarks.publishing import MARK, TABLES, csv_text, provenance
-from tokencomp.cli import one_message
 from tokencomp.errors import TokenCompError
 from tokencomp.evaluation.metrics import McNemar, Retention, difference, mcnemar, retention
 from tokencomp.evaluation.settings import DOWNSCALE, FULL, RANDOM, Setting
@@ -92,15 +87,10 @@ def record(results: Results, label: str) -> dict[str, Any]:
     }
     for kind in (*KINDS, "both", "all"):
         share = kept(results, label, kind) if label != FULL else None
-        row |= _interval(f"kept_{kind}", share)
+        row |= publishing.interval_columns(f"kept_{kind}", share)
     row |= _against(results, label)
     row |= {f"family_{f}": _accuracy(results, label, f) for f in results.families}
     return row | _work(setting.get("work", {}), full.get("work", {}))
-
-
-def _interval(name: str, value: Any) -> dict[str, float | None]:
-    parts = {"": "value", "_low": "low", "_high": "high"}
-    return {name + end: None if value is None else getattr(value, p) for end, p in parts.items()}
 
 
 def _accuracy(results: Results, label: str, family: str) -> float | None:
@@ -125,7 +115,7 @@ def _against(results: Results, label: str) -> dict[str, Any]:
         gap = None
         if name in usable:
             gap = difference(scores, results.scores(usable[name], "both", results.learned))
-        row |= _interval(f"vs_{name}", gap)
+        row |= publishing.interval_columns(f"vs_{name}", gap)
     for name in (RANDOM, "default"):
         test = compared(results, label, usable[name], "both") if name in usable else None
         row[f"p_{name}"] = test and test.p
@@ -398,14 +388,3 @@ def files(results: Path) -> Files:
     if results.name != NO_PAGE:
         found[page_folder(results) / "README.md"] = text(results, every)
     return found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    print(*write(files(parser.parse_args().results.resolve())), sep="\n")
-
-
-if __name__ == "__main__":
-    with one_message():
-        main()

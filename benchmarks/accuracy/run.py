@@ -18,7 +18,7 @@ import contextlib
 import copy
 import itertools
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,23 @@ def watches_tower(setting: Setting) -> bool:
     return any(signal.source == "tower" for signal in needs)
 
 
+def ask(
+    model: Any,
+    processor: Any,
+    examples: Sequence[Example],
+    settings: Iterable[Setting],
+    folder: Path,
+    **how: Any,
+) -> dict[Setting, EvalRun]:
+    """Answers under every setting; those that do not read the vision tower share one run of it."""
+    plain, watching = ([s for s in settings if watches_tower(s) is w] for w in (False, True))
+    with tower_once(model):
+        runs = sweep(model, processor, examples, plain, folder, **how)
+    if watching:
+        runs |= sweep(model, processor, examples, watching, folder, **how)
+    return runs
+
+
 def stored_families(folder: Path, split: str) -> list[str]:
     """Question families of the results in `folder`, which a later run adds to; else all."""
     if not (folder / f"{split}.json").exists():
@@ -171,11 +188,7 @@ def answer_all(
     examples = shapesqa(questions, args.out / "media" / split)
     model, processor = load(name)
     options = {"batch_size": args.batch, "frames": args.frames, "name": name}
-    groups = [[s for s in grid if watches_tower(s) is watches] for watches in (False, True)]
-    with tower_once(model):
-        runs = sweep(model, processor, examples, groups[0], unfinished, **options)
-    if groups[1]:
-        runs |= sweep(model, processor, examples, groups[1], unfinished, **options)
+    runs = ask(model, processor, examples, grid, unfinished, **options)
     for setting, parts in work_parts(model, processor, runs, examples, args.frames).items():
         runs[setting].manifest["work"] = parts
     results = collected(runs, name, split, facts)

@@ -189,10 +189,6 @@ def collected(
     OptionError
         A question was not answered.
     """
-    failed = {s.label: run.failed for s, run in runs.items() if run.failed}
-    if failed:
-        label, (first, *_) = next(iter(failed.items()))
-        raise OptionError(f"{label}: {first['id']} was not answered ({first['error']}). Try again.")
     answers = PackedAnswers.of({setting.label: run for setting, run in runs.items()}, FULL)
     first_run = next(iter(runs.values())).manifest
     known = {**first_run["identity"], **first_run}

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import publishing
 from tokencomp.adapters.verified import PASSED, STATUSES, TESTED, load, nearest
 from tokencomp.conformance.checks import EFFECT, TOLERANCE
 
@@ -112,8 +113,8 @@ def _measured(rows: Mapping[str, Any], status: str) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a table in Markdown, and an empty one."""
-    return [*(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)), ""]
+    """A table in Markdown, and an empty line."""
+    return [publishing.table(head, rows, rule=" --- "), ""]
 
 
 def _refusals(rows: Mapping[str, Any]) -> list[str]:

@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy.run import tower_once, usable, watches_tower
+from benchmarks.accuracy import run
 from benchmarks.publishing import environment, write
 from tokencomp.evaluation.metrics import Retention, retention
-from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import (
     DOWNSCALE,
@@ -210,17 +209,11 @@ def ask(
     batch: int,
 ) -> dict[Setting, EvalRun]:
     """Answers under every setting that the model takes; stopped runs go on."""
-    settings, refused = usable(model, settings)
+    settings, refused = run.usable(model, settings)
     for label, why in refused.items():
         print(f"not asked: {label}: {why}", flush=True)
-    groups = [[s for s in settings if watches_tower(s) is watches] for watches in (False, True)]
-    examples = long_examples(items)
     how: dict[str, Any] = {"batch_size": batch, "max_new_tokens": LONGEST}
-    with tower_once(model):
-        runs = sweep(model, processor, examples, groups[0], folder, **how)
-    if groups[1]:
-        runs |= sweep(model, processor, examples, groups[1], folder, **how)
-    return runs
+    return run.ask(model, processor, long_examples(items), settings, folder, **how)
 
 
 def add_answers(
@@ -239,10 +232,10 @@ def add_answers(
     runs = ask(*loaded, items, wanted, folder, batch)
     ids = [one.id for one in items]
     texts, reached = {}, {}
-    for setting, run in runs.items():
-        said = {record["id"]: record["prediction"] for record in run.answered}
+    for setting, done in runs.items():
+        said = {record["id"]: record["prediction"] for record in done.answered}
         texts[setting.label] = [said[name] for name in ids]
-        reached[setting.label] = round(float(run.summary().get("achieved_ratio", 0.0)), 4)
+        reached[setting.label] = round(float(done.summary().get("achieved_ratio", 0.0)), 4)
     stored.add(kind, ids, texts, reached, {**environment(), **facts})
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy.store import BARS, RESULTS
+from benchmarks.accuracy.store import RESULTS
 from benchmarks.accuracy.studies import ranking
 from benchmarks.accuracy.studies.choose import SCORED, VIDEOS, WEIGHTED, evidence
 from benchmarks.accuracy.studies.ranking import Candidate, by_modality, by_ratio
@@ -109,24 +109,13 @@ def models(folder: Path) -> list[tuple[Any, str]]:
 
 def rank(found: list[tuple[Any, str]]) -> list[dict[str, Any]]:
     """Candidates by score, as `ranking.rank`, over models that name settings differently."""
-    keys = [key for one, _ in found for key in ranking.keys([one])]
-    samples = [drawn for one, _ in found for drawn in ranking.draws([one])]
-    cells = {
-        c: [cell for one, names in found for cell in ranking.scores([one], whole(c, names))]
-        for c in CANDIDATES
-    }
-    means = {c: ranking.mean_retention(some, samples) for c, some in cells.items()}
-    best, rows = max(means.values(), key=lambda mean: mean[0]), []
-    for name, mean in means.items():
-        low, high = np.quantile((mean - best)[1:], [0.025, 0.975])
-        each = [float(cell[0].sum() / cell[1].sum()) for cell in cells[name]]
-        rows.append(
-            {
-                "candidate": name, "score": float(mean[0]), "low": float(low), "high": float(high),
-                "tied": bool(high >= 0), "cells": each,
-                "spare": min(v - BARS[key[1]] for v, key in zip(each, keys, strict=True)),
-            }
-        )  # fmt: skip
+    groups = [([one], [whole(c, names) for c in CANDIDATES]) for one, names in found]
+    standing = ranking.standing(groups)
+    best, rows = max((means for means, *_ in standing), key=lambda means: means[0]), []
+    for name, (means, cells, spare) in zip(CANDIDATES, standing, strict=True):
+        low, high = ranking.interval(means, best)
+        row = {"candidate": name, "score": float(means[0]), "low": low, "high": high}
+        rows.append({**row, "tied": high >= 0, "cells": cells, "spare": spare})
     return sorted(rows, key=lambda row: -row["score"])
 
 

@@ -72,6 +72,11 @@ def records(answers: Answers) -> list[dict[str, Any]]:
     return out
 
 
+def whole(kind: str) -> str:
+    """All questions about a kind of media, in the rows of `records`."""
+    return "all" if len(KINDS[kind]) > 1 else KINDS[kind][0]
+
+
 def _ranked(rows: Sequence[dict[str, Any]], kind: str, family: str) -> list[str]:
     """Methods of a kind of media, the best retention at `MIDDLE` first."""
     chosen = [r for r in rows if r["media"] == kind and r["family"] == family]
@@ -85,12 +90,11 @@ def _row(rows: Sequence[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
 
 
 def _main_table(rows: Sequence[dict[str, Any]], kind: str) -> str:
-    family = "all" if len(KINDS[kind]) > 1 else KINDS[kind][0]
     lines = []
-    for method in _ranked(rows, kind, family):
+    for method in _ranked(rows, kind, whole(kind)):
         cells = []
         for ratio in RATIOS:
-            row = _row(rows, media=kind, family=family, method=method, ratio=ratio)
+            row = _row(rows, media=kind, family=whole(kind), method=method, ratio=ratio)
             cells.append(
                 f"{row['retention']:.1%} [{row['low']:.1%}, {row['high']:.1%}]" if row else "–"
             )
@@ -117,8 +121,7 @@ def _family_table(rows: Sequence[dict[str, Any]], ratio: float) -> str:
 
 def detailed(rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
     """The default, the best methods besides, and the baselines."""
-    family = "all" if len(KINDS[kind]) > 1 else KINDS[kind][0]
-    ranked = _ranked(rows, kind, family)
+    ranked = _ranked(rows, kind, whole(kind))
     best = [m for m in ranked if m != DEFAULT and group_name(m) != "baseline"][:SHOWN]
     layers = [m for m in ranked if m in ("fastv", "pyramiddrop", "sparsevlm") and m not in best]
     return [DEFAULT, *best, *layers[:1], *(m for m in ranked if m in (RANDOM, UNIFORM, DOWNSCALE))]
@@ -150,13 +153,12 @@ def _binned(answers: Answers, rows: Sequence[dict[str, Any]], kind: str, bins: A
 
 
 def _errors(answers: Answers, rows: Sequence[dict[str, Any]], kind: str) -> str:
-    family = "all" if len(KINDS[kind]) > 1 else KINDS[kind][0]
     names = ("right", "changed", "left_out", "invented", "ordered")
-    full = _row(rows, media=kind, family=family, method=FULL)
+    full = _row(rows, media=kind, family=whole(kind), method=FULL)
     lines = [[FULL, "", *(f"{full[n]:.1%}" for n in names)]]
     for method in detailed(rows, kind):
         for ratio in RATIOS:
-            found = _row(rows, media=kind, family=family, method=method, ratio=ratio)
+            found = _row(rows, media=kind, family=whole(kind), method=method, ratio=ratio)
             if found:
                 lines.append([method, str(ratio), *(f"{found[n]:.1%}" for n in names)])
     head = ["method", "ratio", "right", "changed", "left out", "invented", "pairs in order"]
@@ -167,9 +169,8 @@ def _short(answers: Answers, rows: Sequence[dict[str, Any]]) -> str:
     """The main numbers, in sentences."""
 
     def kept(kind: str, method: str) -> str:
-        family = "all" if len(KINDS[kind]) > 1 else KINDS[kind][0]
         found = (
-            _row(rows, media=kind, family=family, method=method, ratio=r).get("retention")
+            _row(rows, media=kind, family=whole(kind), method=method, ratio=r).get("retention")
             for r in RATIOS
         )
         return ", ".join("–" if one is None else f"{100 * one:.1f}" for one in found)

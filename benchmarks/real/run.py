@@ -2,7 +2,6 @@
 
     python -m benchmarks.real.run                    # test split → results.json, README.md
     python -m benchmarks.real.run --per-family 150   # more questions
-    python -m benchmarks.real.run --pictures         # draws what the default lost in that run
     python -m benchmarks.real.run --report           # README.md from results.json alone
 
 Needs the model that `python -m recipes.photographs.build` made. All settings answer the same
@@ -15,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +27,19 @@ from benchmarks.experiment import Experiment
 from benchmarks.gpu import contribution
 from benchmarks.gpu.contribution import Row, row_of
 from benchmarks.gpu.recompute import runs_of
-from benchmarks.publishing import TABLES, provenance, table
+from benchmarks.publishing import TABLES, interval_columns, provenance, table
 from recipes.photographs.build import FOLDER
 from recipes.photographs.items import LETTERS, StampItem, item, items
 from recipes.photographs.questions import FAMILIES
 from recipes.photographs.scenes import Library
 from recipes.photographs.sources import FURTHER, NAMES, TUXPAINT, Photos
 from recipes.tiny.evaluate import blind_guess
-from tokencomp.errors import OptionError
 from tokencomp.evaluation.comparisons import comparisons
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import DOWNSCALE, FULL, MERGE, RANDOM, Setting, label_of
 from tokencomp.inputs.questions import Example
 from tokencomp.method import DEFAULT_REDUCER
-from tokencomp.pages.lost import LostItem, draw_lost
 
 RATIOS = (0.5, 0.75, 0.9)
 METHODS = ("uniform", DOWNSCALE, "auto", "scope", "divprune", "cdpruner", "bipartite", "fastv")
@@ -53,7 +49,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "scope": ({"saliency": "none", MERGE: True},),
 }
 SEEDS = (0, 1, 2)
-LOST_RATIO = 0.75
 LETTERS_START = 50_000  # index of the first item that is asked with letters
 
 
@@ -98,9 +93,6 @@ def packed(runs: dict[Setting, EvalRun], frames: int = 1) -> dict[str, Any]:
     for run in runs.values():
         run.manifest["identity"]["frames"] = frames
     labelled = {contribution.label_of(run): run for run in runs.values()}
-    failed = [f"{label}: {run.failed[0]['error']}" for label, run in labelled.items() if run.failed]
-    if failed:
-        raise OptionError(f"not all questions were answered. {failed[0]}")
     rows = [row_of(label, run) for label, run in labelled.items()]
     return {"rows": rows, "answers": PackedAnswers.of(labelled, FULL).to_json()}
 
@@ -146,30 +138,12 @@ def answer(
     }
 
 
-def draw(
-    model: Any, processor: Any, library: Library, args: argparse.Namespace, runs: Path
-) -> list[LostItem]:
-    """Draw what `auto` kept of questions that it lost, with and without merging.
-
-    The first lost question of every family is drawn. The pictures come to the ignored folder of
-    the run: they show photographs whose licence is not that of this repository.
-    """
-    chosen = [Setting("auto", LOST_RATIO, options) for options in VARIANTS["auto"]]
-    pairs = item_examples(library, "test", args.per_family)
-    drawn = []
-    for family in FAMILIES:
-        some = {e.id: e for _, e in pairs if e.family == family}
-        for setting in chosen:
-            run, full = (EvalRun.read(runs / "test" / s.label) for s in (setting, Setting()))
-            run = replace(run, setting=setting)
-            folder = runs / "lost" / family
-            drawn += draw_lost(model, processor, run, full, some, folder, per_kind=1)
-    return drawn
-
-
 def answered(args: argparse.Namespace, pairs: Pairs) -> dict[str, Any]:
     """What the model says to the items of both splits."""
-    model, processor = loaded(args)
+    from recipes.photographs.model import load
+
+    torch.set_num_threads(args.threads)
+    model, processor = load(args.model)
     results = answer(model, processor, pairs, args, args.runs)
     if args.busy:
         for row in results["rows"]:
@@ -178,23 +152,10 @@ def answered(args: argparse.Namespace, pairs: Pairs) -> dict[str, Any]:
     return {"training": training, **results}
 
 
-def loaded(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The model of this benchmark and its processor."""
-    from recipes.photographs.model import load
-
-    torch.set_num_threads(args.threads)
-    return load(args.model)
-
-
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All questions; with `--pictures` none, but drawings of what was lost."""
-    library = Photos(args.photos)
-    if args.pictures:
-        for one in draw(*loaded(args), library, args, args.runs):
-            print(f"{one.id}: {one.question} {one.answer}; {one.compressed}: {one.picture}")
-        return
-    count, splits = args.per_family, ("validation", "test")
-    yield answered(args, {split: item_examples(library, split, count) for split in splits})
+    """All questions."""
+    library, splits = Photos(args.photos), ("validation", "test")
+    yield answered(args, {s: item_examples(library, s, args.per_family) for s in splits})
 
 
 HERE = Path(__file__).parent
@@ -313,9 +274,7 @@ def records(results: dict[str, Any]) -> list[dict[str, Any]]:
             "accuracy": run.mean("correct"),
         }
         for name in ("full", "random", "downscale"):
-            gap = getattr(against, name)
-            ends = {"": "value", "_low": "low", "_high": "high"}
-            shown |= {f"vs_{name}{k}": gap and getattr(gap, v) for k, v in ends.items()}
+            shown |= interval_columns(f"vs_{name}", getattr(against, name))
         families = dict.fromkeys(r["family"] for r in run.records)
         label = label_of(run.identity["reducer"], f"{run.ratio:g}", run.identity["options"])
         rows.append(
@@ -388,8 +347,7 @@ OPTIONS: dict[str, Any] = {
     "threads": torch.get_num_threads(),
     "busy": (False, "other jobs use this machine: leave times out"),
 }
-PICTURES = {"pictures": (False, "draw lost questions; asks none")}
-EXPERIMENT = Experiment("real/results", measure, page, records, OPTIONS | PICTURES, readme=True)
+EXPERIMENT = Experiment("real/results", measure, page, records, OPTIONS, readme=True)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import publishing
 from benchmarks.experiment import Experiment
 
 TOWER = {
@@ -161,21 +162,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     Arms of one engine are interleaved. CPU time is that of the first token; it hardly depends on
     what else the machine does.
     """
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
     good = {(row["engine"], row["arm"]): row for row in rows if "failed" not in row}
+    lines = []
     for row in rows:
+        arm = [row["engine"], row["arm"]]
         if "failed" in row:
-            text = f"does not run: `{row['failed']}`"
-            lines.append(f"| {row['engine']} | {row['arm']} | {text} | | | | | |")
+            lines.append([*arm, f"does not run: `{row['failed']}`", *[""] * 5])
             continue
         base = good.get((row["engine"], "ratio 0"), good.get(("stock vLLM", "uncompressed"), row))
         cpu, rate = row["cpu_median_s"], row["throughput_median_rps"]
+        times = [f"{1e3 * cpu:.0f}", f"{base['cpu_median_s'] / cpu:.2f}"]
+        times += [f"{1e3 * row['ttft_median_s']:.0f}", f"{rate:.2f}"]
         lines.append(
-            f"| {row['engine']} | {row['arm']} | {row['prompt']} | {1e3 * cpu:.0f} | "
-            f"{base['cpu_median_s'] / cpu:.2f} | {1e3 * row['ttft_median_s']:.0f} | "
-            f"{rate:.2f} | {rate / base['throughput_median_rps']:.2f} |"
+            [*arm, f"{row['prompt']}", *times, f"{rate / base['throughput_median_rps']:.2f}"]
         )
-    return "\n".join(lines)
+    return publishing.table(COLUMNS, lines, right=6).replace("|  ", "| ")
 
 
 def page(rows: list[dict[str, Any]]) -> str:

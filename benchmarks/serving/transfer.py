@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import publishing
 from benchmarks.experiment import Experiment, Rows
 from benchmarks.serving.run import PLAN, SIZES, random_model, run, vllm_version
 
@@ -88,26 +89,24 @@ def calculated() -> Rows:
 
 def page(stored: dict[str, Any]) -> str:
     """The measured sizes, and what follows for published models."""
-    lines = ["| image | merging | ratio | prompt | features, bytes | | blocks, bytes | |",
-             "|---|---|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
     whole: dict[tuple[int, bool], dict[str, Any]] = {}
+    lines, paper = [], []
     for row in stored["sizes"]:
         first = whole.setdefault((row["side"], row["merge"]), row)
-        cells = [f"{row['side']} × {row['side']}", "on" if row["merge"] else "off",
-                 f"{row['ratio']:g}", row["prompt"]]  # fmt: skip
+        cells = [f"{row['side']} × {row['side']}", "on" if row["merge"] else "off"]
+        cells += [f"{row['ratio']:g}", f"{row['prompt']}"]
         for name in ("features", "blocks"):
             cells += [f"{row[name]:,}", f"{row[name] / first[name]:.1%}"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    paper = ["| model | images | ratio | features, MB | blocks, MB | "
-             + " | ".join(f"blocks, ms at {g} Gbit/s" for g in GBITS) + " |",
-             "|---|---:|---:|---:|---:|" + "---:|" * len(GBITS)]  # fmt: skip
+        lines.append(cells)
     for row in calculated():
-        values = [row[f"blocks ms at {g} Gbit/s"] for g in GBITS]
-        times = " | ".join(f"{x:,.0f}" if x >= 10 else f"{x:.1f}" for x in values)
-        paper.append(
-            f"| {row['model']} | {row['images']} | {row['ratio']:g} | {row['features MB']:,.1f} | "
-            f"{row['blocks MB']:,.1f} | {times} |"
-        )
+        times = [row[f"blocks ms at {g} Gbit/s"] for g in GBITS]
+        sizes = [f"{row[f'{name} MB']:,.1f}" for name in ("features", "blocks")]
+        sizes += [f"{x:,.0f}" if x >= 10 else f"{x:.1f}" for x in times]
+        paper.append([row["model"], f"{row['images']}", f"{row['ratio']:g}", *sizes])
+    head = ("image", "merging", "ratio", "prompt", "features, bytes", "", "blocks, bytes", "")
+    measured = publishing.table(head, lines, right=6).replace("|  |", "| |")
+    columns = ["model", "images", "ratio", "features, MB", "blocks, MB"]
+    columns += [f"blocks, ms at {g} Gbit/s" for g in GBITS]
     shares = {
         model: 2 * layers * heads * dim / (width + OFFSETS)
         for model, (width, layers, heads, dim) in CONFIGS.items()
@@ -119,14 +118,14 @@ def page(stored: dict[str, Any]) -> str:
         "(and of their size, where the engine merges) at ratio 0 too. The KV cache shrinks by "
         "whole blocks of tokens; `ExampleConnector` leaves the last, unfilled one out, and the "
         "text of a prompt does not shrink.", "", method,
-        "", *lines, "",
+        "", measured, "",
         f"Setup: width {stored['hidden']}, {stored['layers']} layers, blocks of {BLOCK} tokens, "
         f"{stored['vllm']}. Percentages are of ratio 0 of the same engine. Files have a header of "
         "about a hundred bytes.", "",
         "## Published models, by calculation", "",
         f"Images of {TOKENS:,} visual tokens in 16 bits, without text; a link that is used fully. "
         "Times of features are in the CSV file. **No transfer between machines was measured.**",
-        "", *paper, "",
+        "", publishing.table(columns, paper, right=7), "",
         "A visual token has " + " and ".join(f"{n:.0f} times ({m})" for m, n in shares.items())
         + " as many bytes in the KV cache as in the features, at every ratio: the link between "
         "prefill and decode is the narrow one. Both transfers and the linear part of the prefill "

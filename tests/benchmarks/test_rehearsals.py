@@ -30,7 +30,7 @@ FACTS = {
 
 
 def test_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every method reaches its ratio, and the page and the pictures of lost answers appear."""
+    """Every method reaches its ratio, and its page and tables appear."""
     monkeypatch.setattr(run, "MARGIN", -1.0)
     model, tokenizer = toy()
     processor = build_processor(tokenizer)
@@ -50,9 +50,6 @@ def test_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {r["method"]: r for r in csv.DictReader(data.splitlines())}
     assert rows["downscale"]["visual_tokens"] == "49" and "random (3 seeds)" in rows
     assert f"| auto | {float(rows['auto']['accuracy']):.1%} |" in text
-    for one in run.draw(model, processor, Drawings(), args, tmp_path):
-        (picture,) = (tmp_path / "lost").rglob(one.picture)
-        assert picture.stat().st_size and one.full == one.answer != one.compressed
 
 
 def test_sounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -97,26 +98,47 @@ def mean_retention(cells: list[np.ndarray], samples: list[np.ndarray]) -> np.nda
     return np.mean(means, axis=0)
 
 
+def standing(
+    groups: Sequence[tuple[Any, Sequence[Candidate]]],
+) -> list[tuple[np.ndarray, list[float], float]]:
+    """Candidates over groups of results, each of which names them in its own way.
+
+    Returns
+    -------
+    list of tuple
+        Per candidate: mean retention per draw, retention per cell, and points above the bar in the
+        worst cell.
+    """
+    samples = [one for results, _ in groups for one in draws(results)]
+    bars = [BARS[ratio] for results, _ in groups for _, ratio, _ in keys(results)]
+    found = []
+    for named in zip(*(candidates for _, candidates in groups), strict=True):
+        cells = [
+            cell
+            for (results, _), one in zip(groups, named, strict=True)
+            for cell in scores(results, one)
+        ]
+        kept = [float(cell[0].sum() / max(cell[1].sum(), 1)) for cell in cells]
+        spare = min(value - bar for value, bar in zip(kept, bars, strict=True))
+        found.append((mean_retention(cells, samples), kept, spare))
+    return found
+
+
+def interval(means: np.ndarray, base: np.ndarray) -> tuple[float, float]:
+    """Of the difference of two candidates, from their draws."""
+    low, high = np.quantile((means - base)[1:], [0.025, 0.975])
+    return float(low), float(high)
+
+
 def rank(results: list[Results], candidates: list[Candidate]) -> list[dict[str, Any]]:
     """Candidates by score, with the interval of the difference to the best."""
-    samples = draws(results)
-    cells = [scores(results, c) for c in candidates]
-    means = [mean_retention(cell, samples) for cell in cells]
-    best, rows = max(means, key=lambda s: s[0]), []
-    for (name, options), parts, mean in zip(candidates, cells, means, strict=True):
-        low, high = np.quantile((mean - best)[1:], [0.025, 0.975])
-        each = [float(p[0].sum() / max(p[1].sum(), 1)) for p in parts]
-        rows.append(
-            {
-                "reducer": name,
-                "options": options,
-                "score": float(mean[0]),
-                "difference": [float(low), float(high)],
-                "tied": bool(high >= 0),
-                "spare": min(v - BARS[k[1]] for v, k in zip(each, keys(results), strict=True)),
-                "cells": each,
-            }
-        )
+    found = standing([(results, candidates)])
+    best, rows = max((means for means, *_ in found), key=lambda means: means[0]), []
+    for (name, options), (means, cells, spare) in zip(candidates, found, strict=True):
+        low, high = interval(means, best)
+        row = {"reducer": name, "options": options, "score": float(means[0])}
+        row |= {"difference": [low, high], "tied": high >= 0, "spare": spare, "cells": cells}
+        rows.append(row)
     return sorted(rows, key=lambda r: -r["score"])
 
 
@@ -129,20 +151,12 @@ def compare(groups: list[tuple[list[Results], Candidate, Candidate]]) -> dict[st
         Of both, in order: `scores`, and `spare` as in `rank`; `difference` of the second to the
         first, low and high; the number of `cells`.
     """
-    samples = [one for results, *_ in groups for one in draws(results)]
-    bars = [BARS[key[1]] for results, *_ in groups for key in keys(results)]
-    means, spare = [], []
-    for number in (1, 2):
-        cells = [cell for group in groups for cell in scores(group[0], group[number])]
-        means.append(mean_retention(cells, samples))
-        kept = [float(cell[0].sum() / max(cell[1].sum(), 1)) for cell in cells]
-        spare.append(min(value - bar for value, bar in zip(kept, bars, strict=True)))
-    low, high = np.quantile((means[1] - means[0])[1:], [0.025, 0.975])
+    first, second = standing([(results, pair) for results, *pair in groups])
     return {
-        "scores": [float(mean[0]) for mean in means],
-        "spare": spare,
-        "difference": [float(low), float(high)],
-        "cells": len(samples),
+        "scores": [float(means[0]) for means, *_ in (first, second)],
+        "spare": [spare for *_, spare in (first, second)],
+        "difference": interval(second[0], first[0]),
+        "cells": len(first[1]),
     }
 
 

@@ -24,6 +24,8 @@ import tokencomp
 from benchmarks import publishing
 from benchmarks.experiment import Experiment
 from tokencomp import zoo
+from tokencomp.adapters.registry import adapter_for
+from tokencomp.evaluation.profiler import counted_rows
 from tokencomp.handle import ATTRIBUTE
 from tokencomp.inputs.prompts import build_inputs, generate
 from tokencomp.inputs.video import Video, with_frames
@@ -67,20 +69,6 @@ def streams() -> Iterator[Item]:
         found = item(SPLIT, FAMILY, index, frames=FRAMES)
         if max(found.evidence.frames) < EARLY:
             yield found
-
-
-class Columns:
-    """How many tokens the first decoder layer runs: those that are left of a compressed part."""
-
-    def __init__(self, layer: Any) -> None:
-        self.run = 0
-        self._hook = layer.register_forward_pre_hook(self._count, with_kwargs=True)
-
-    def _count(self, module: Any, args: Any, kwargs: Any) -> None:
-        self.run += (args[0] if args else kwargs["hidden_states"]).shape[1]
-
-    def remove(self) -> None:
-        self._hook.remove()
 
 
 def answers(way: Way, model: Any, processor: Any, stream: Item) -> Iterator[dict[str, Any]]:
@@ -129,17 +117,15 @@ def measure(way: Way, model: Any, processor: Any, found: list[Item]) -> dict[str
         if way.ratio
         else contextlib.nullcontext()
     )
-    columns = Columns(model.model.language_model.layers[0])
-    with patched:
+    with patched, counted_rows(model) as counted:
         records = [list(answers(way, model, processor, stream)) for stream in found]
-    columns.remove()
     points = list(zip(*records, strict=True))
     return {
         "way": way.name,
         "frames": [own[0]["frames"] for own in points],
         "right": [sum(r["right"] for r in own) for own in points],
         "rows": [max(r["rows"] for r in own) for own in points],
-        "run": columns.run // len(found),
+        "run": sum(counted[:: len(adapter_for(model).layers)]) // len(found),
     }
 
 

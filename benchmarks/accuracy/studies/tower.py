@@ -36,11 +36,9 @@ from benchmarks.publishing import TABLES, environment
 from recipes.tiny.evaluate import blind_guess
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.cli import one_message
-from tokencomp.errors import OptionError
 from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.metrics import difference, retention
 from tokencomp.evaluation.runner import sweep
-from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES, Setting
 from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.questions import Example
@@ -217,7 +215,7 @@ class Questions:
             runs = sweep(
                 self.model, self.processor, self.source, chosen, self.folder, **self.options
             )
-            yield _packed({key: runs[setting] for key, setting in whole.items()})
+            yield PackedAnswers.of({key: runs[setting] for key, setting in whole.items()}, None)
         for kind in (kind for kind in self.set.smaller if kind in names):
             if kind == DOWNSCALE and self.set.model in SIDES:
                 yield from self._smaller_towers(done)
@@ -254,22 +252,7 @@ class Questions:
         ratio = max(0.0, 1 - (1 - RATIO) / (1 - achieved))
         setting = Setting(ENTRY, ratio) if ratio > 0.01 else Setting()
         runs = sweep(model, processor, examples, [setting], self.folder / key, **self.options)
-        return _packed({key: runs[setting]})
-
-
-def _packed(runs: dict[str, EvalRun]) -> PackedAnswers:
-    """The answers of rows by their keys.
-
-    Raises
-    ------
-    OptionError
-        A question was not answered, for instance because its file is damaged.
-    """
-    for key, run in runs.items():
-        if run.failed:
-            first = run.failed[0]
-            raise OptionError(f"{key}: {first['id']} was not answered ({first['error']}).")
-    return PackedAnswers.of(runs, None)
+        return PackedAnswers.of({key: runs[setting]}, None)
 
 
 def run_set(name: str, args: argparse.Namespace, sets: Sets, path: Path) -> None:
