@@ -18,7 +18,7 @@ from vllm.sequence import IntermediateTensors
 from tokencomp.errors import ScoreError
 from tokencomp.serving.item_plan import ItemPlan, field_name
 from tokencomp.serving.item_rows import batches, reduce_rows
-from tokencomp.serving.offsets import OFFSETS, SIZES, unpack_sizes
+from tokencomp.serving.offsets import OFFSETS, SIZES, split_offsets, unpack_sizes
 from tokencomp.serving.vllm.checks import check_engine
 from tokencomp.serving.vllm.metrics import count_nonfinite, timed
 from tokencomp.serving.vllm.processing import MODALITIES, server_options
@@ -73,6 +73,7 @@ class CompressingModel:
     visual: Any
     language_model: Any
     make_empty_intermediate_tensors: Any
+    _pending: tuple[Tensor, Tensor] | None = None  # rows of this step with offsets, and these
     _one_width: bool = False  # for all items: rows come from, or go to, other engines
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -159,6 +160,10 @@ class CompressingModel:
                     outputs.append(self.finish_item(plan, rows, index, part, item))
         return tuple(outputs)
 
+    def media_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows of media without columns of offsets, and their offsets (3, k) or zeros."""
+        return split_offsets(rows, self.row_width)
+
     def embed_input_ids(
         self,
         input_ids: Tensor,
@@ -167,22 +172,26 @@ class CompressingModel:
         is_multimodal: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Embed the tokens of a step, and note the sizes of its rows for attention.
+        """Embed the tokens of a step, and note sizes and offsets of its rows.
 
         Both model runners call this before every step and outside of CUDA graphs. Rows of media
-        lose their columns of sizes; all other rows, decoded tokens among them, have the size 1.
+        lose the columns of both. The sizes are for attention, where all other rows, decoded tokens
+        among them, have the size 1; `forward` adds the offsets to the positions.
         """
+        width, self._pending = self.row_width, None
+        embeddings = multimodal_embeddings if multimodal_embeddings is not None else ()
         if self._row_sizes is not None:
             self._row_sizes.fill_(1)
-            embeddings = multimodal_embeddings if multimodal_embeddings is not None else ()
-            width = self.row_width
-            if any(e.shape[1] > width for e in embeddings):
-                sizes = torch.cat([unpack_sizes(e, width) for e in embeddings])
-                rows = is_multimodal.nonzero()[:, 0]  # type: ignore[union-attr]  # of vLLM's class
+        if any(e.shape[1] > width for e in embeddings):
+            rows = is_multimodal.nonzero()[:, 0]  # type: ignore[union-attr]  # of vLLM's class
+            plain, offsets = zip(*map(self.media_rows, embeddings), strict=True)
+            if any(e.shape[1] >= width + OFFSETS for e in embeddings):
+                self._pending = rows, torch.cat(offsets, dim=1)
+            if self._row_sizes is not None:
+                sizes = torch.cat([unpack_sizes(x, width) for x in plain])
                 self._row_sizes[rows.to(self._row_sizes.device)] = sizes.to(self._row_sizes)
-                multimodal_embeddings = [
-                    copy_mm_embedding_modality(e, e[:, :width]) for e in embeddings
-                ]
+            pairs = zip(embeddings, plain, strict=True)
+            multimodal_embeddings = [copy_mm_embedding_modality(e, x[:, :width]) for e, x in pairs]
         return super().embed_input_ids(  # type: ignore[misc]  # of vLLM's class
             input_ids, multimodal_embeddings, is_multimodal=is_multimodal, **kwargs
         )

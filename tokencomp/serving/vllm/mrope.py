@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
-from vllm.multimodal.utils import copy_mm_embedding_modality
 
 from tokencomp.serving.item_plan import ItemPlan, field_name
-from tokencomp.serving.offsets import OFFSETS, grid_offsets, split_offsets, with_offsets
+from tokencomp.serving.offsets import OFFSETS, grid_offsets, with_offsets
 from tokencomp.serving.vllm.model import STAGE, CompressingModel
 from tokencomp.serving.vllm.mrope_processor import TABLE_FACTOR, MRopeProcessor, time_factor
 
@@ -55,7 +54,6 @@ class MRopeModel(CompressingModel):
     config: Any
     language_model: Any
     needs_offsets: ClassVar[bool] = True
-    _pending: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -122,12 +120,6 @@ class MRopeModel(CompressingModel):
         positions = np.concatenate(pieces, axis=1).astype(np.int64)
         return torch.from_numpy(positions), position + rest - len(input_tokens)
 
-    # -- in every step --------------------------------------------------------------------------
-
-    def media_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return rows of media without columns of offsets, and their offsets (3, k) or zeros."""
-        return split_offsets(rows, self.row_width)
-
     # -- in every step, model runner V2 ---------------------------------------------------------
 
     def get_model_state_cls(self) -> type:
@@ -168,31 +160,6 @@ class MRopeModel(CompressingModel):
         return list(rows), mrope_positions, None
 
     # -- in every step, model runner V1 ---------------------------------------------------------
-
-    def embed_input_ids(
-        self,
-        input_ids: Tensor,
-        multimodal_embeddings: Any = None,
-        *,
-        is_multimodal: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Remove the offset columns from the media rows and store them for `forward`."""
-        self._pending = None
-        width = self.row_width
-        embeddings = multimodal_embeddings if multimodal_embeddings is not None else ()
-        if any(e.shape[1] >= width + OFFSETS for e in embeddings):
-            plain, offsets = [], []
-            for e in embeddings:
-                x, offset = self.media_rows(e)
-                plain.append(copy_mm_embedding_modality(e, x))
-                offsets.append(offset)
-            rows = is_multimodal.nonzero()[:, 0]  # type: ignore[union-attr]  # of vLLM's class
-            self._pending = rows, torch.cat(offsets, dim=1)
-            multimodal_embeddings = plain
-        return super().embed_input_ids(
-            input_ids, multimodal_embeddings, is_multimodal=is_multimodal, **kwargs
-        )
 
     def stage_rows(self, positions: Tensor) -> dict[str, Tensor]:
         """Also the corrected positions (n, 3), while later stages have the base only."""
