@@ -137,7 +137,7 @@ def parts(model: str | None, folder: Path) -> tuple[Part, ...]:
     kernels = (*PYTHON, "benchmarks.kernels.run", "--out", str(folder / "kernels/kernels.jsonl"))
     tower = (*PYTHON, "benchmarks.models.tower", "--out", f"{files['tower']}/tower.jsonl")
     weights = (*PYTHON, "benchmarks.models.decoding", "--out")
-    weights = (*weights, str(folder / "weights" / "decoding.json"))
+    weights = (*weights, str(folder / "weights" / "decoding.jsonl"))
     accuracy = (*TOKENCOMP, "eval", "--data", "shapesqa", "--tasks", "shapesqa")
     accuracy = (*accuracy, "--output", files["accuracy"])
     serving = (*PYTHON, "benchmarks.gpu.serve_table", "--runs", files["serving"])
