@@ -16,27 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.environment import environment, git
+from tokencomp.evaluation.environment import environment as environment
+from tokencomp.evaluation.environment import git
 from tokencomp.storage import write_text
-
-__all__ = [
-    "MARK",
-    "TABLES",
-    "changed_code",
-    "commits",
-    "csv_text",
-    "dense",
-    "environment",
-    "interval_columns",
-    "parser",
-    "provenance",
-    "published_from",
-    "read",
-    "read_lines",
-    "table",
-    "version",
-    "write",
-]
 
 FOLDER = Path(__file__).resolve().parent
 OUTPUTS = (".json", ".jsonl", ".md", ".csv", ".jpg")

@@ -111,17 +111,20 @@ def body_of(number: int, ratio: float, work: Work) -> bytes:
     return json.dumps(body).encode()
 
 
+def post(address: str, body: bytes) -> Any:
+    """The answer to a request, while it arrives; close it."""
+    path, head = f"{address}/v1/chat/completions", {"Content-Type": "application/json"}
+    return urllib.request.urlopen(urllib.request.Request(path, body, head), timeout=ANSWER_SECONDS)
+
+
 def ask(address: str, body: bytes) -> dict[str, Any]:
     """One request: seconds to the first token and in all, and how many pieces of text came.
 
     A request that fails has the key "error".
     """
-    request = urllib.request.Request(
-        address + "/v1/chat/completions", body, {"Content-Type": "application/json"}
-    )
     start, first, pieces = time.perf_counter(), None, 0
     try:
-        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
+        with post(address, body) as answer:
             for line in answer:
                 if _has_text(line):
                     first = first or time.perf_counter() - start
@@ -153,18 +156,22 @@ def _has_text(line: bytes) -> bool:
 def _content(number: int, work: Work) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
     for k in range(work.images):
-        url = "data:image/jpeg;base64," + base64.b64encode(picture(number, k, work.side)).decode()
-        parts.append({"type": "image_url", "image_url": {"url": url}})
+        parts.append(image_part(picture(number, k, work.side), "jpeg"))
     return [*parts, {"type": "text", "text": QUESTION}]
 
 
-def picture(number: int, k: int, side: int) -> bytes:
-    """A JPEG file of smooth noise that no other request has."""
+def image_part(image: Image.Image, form: str = "png") -> dict[str, Any]:
+    """The part of a message that has a picture, as a file of this form."""
+    image.save(file := io.BytesIO(), form.upper())
+    url = f"data:image/{form};base64,{base64.b64encode(file.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def picture(number: int, k: int, side: int) -> Image.Image:
+    """Smooth noise that no other request has."""
     random = np.random.default_rng([number, k])
     small = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC).save(file, "JPEG")
-    return file.getvalue()
+    return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
 
 
 def load(

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tokencomp
 from benchmarks import publishing
 from benchmarks.experiment import Experiment
-from benchmarks.random_model import qwen2_vl
+from benchmarks.models.shapes import qwen2_vl
 
 # aten calls that block the host until their result is there
 READS = {

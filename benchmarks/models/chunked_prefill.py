@@ -25,7 +25,7 @@ import torch
 import tokencomp
 from benchmarks import publishing
 from benchmarks.experiment import Experiment
-from benchmarks.random_model import qwen2_vl
+from benchmarks.models.shapes import qwen2_vl
 from tokencomp.evaluation.profiler import counted_rows
 
 ROOT = Path(__file__).parents[2]

@@ -119,6 +119,3 @@ def _explained(one: np.ndarray, two: np.ndarray, at: np.ndarray, s: int) -> floa
             old = one[top + s : top + s + CELL, left : left + CELL]
             right += bool(np.abs(cell - old).mean() <= NEAR)
     return right / len(at)
-
-
-__all__ = ["FEWEST", "SHARE", "shift"]

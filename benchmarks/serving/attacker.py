@@ -14,20 +14,18 @@ tokencomp, whose arms are added to those in the file. Needs the zoo, and vLLM or
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
 import http.client
-import io
 import json
 import os
 import statistics
 import subprocess
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,7 @@ from PIL import Image
 
 from benchmarks import publishing
 from benchmarks.experiment import Experiment
-from benchmarks.gpu.load import server
+from benchmarks.gpu.load import image_part, server
 from benchmarks.serving.burst import until_calm
 from benchmarks.serving.run import ENV
 
@@ -56,9 +54,7 @@ def body(kind: str, seed: int) -> dict[str, Any]:
     if kind in ("honest", "picture"):
         side = SIDE if kind == "honest" else SMALL
         pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
-        url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+        content.insert(0, image_part(Image.fromarray(pixels)))
     tokens = {"honest": 8, "refused": 0}.get(kind, 1)  # 0 is refused
     message = {"role": "user", "content": content}
     return {"messages": [message], "max_tokens": tokens, "temperature": 0}
@@ -97,27 +93,15 @@ def attacked(port: int, attack: str, args: argparse.Namespace, seed: int) -> lis
             given = range(seed + count * number, seed + count * (number + 1))
             list(pool.map(lambda n: ask(port, ATTACKER, body(kind, n)), given))
 
-    thread = (
-        threading.Thread(target=repeat, args=(strike, 1000, end, args.every)) if count else None
-    )
-    if thread:
-        thread.start()
-        time.sleep(0.2)
-    with ThreadPoolExecutor(len(CLIENTS)) as pool:
-        futures = [
-            pool.submit(
-                repeat,
-                lambda n, c=client: ask(port, c, body("honest", n)),
-                seed + 10**6 * i,
-                end,
-                0.2,
-            )
-            for i, client in enumerate(CLIENTS)
-        ]
-        answers = [answer for future in futures for answer in future.result()]
-    if thread:
-        thread.join()
-    return answers
+    def honest(i: int) -> list[Any]:
+        work = partial(ask, port, CLIENTS[i])
+        return repeat(lambda n: work(body("honest", n)), seed + 10**6 * i, end, 0.2)
+
+    with ThreadPoolExecutor(len(CLIENTS) + 1) as pool:
+        if count:
+            pool.submit(repeat, strike, 1000, end, args.every)
+            time.sleep(0.2)
+        return [answer for some in pool.map(honest, range(len(CLIENTS))) for answer in some]
 
 
 def answers_of(engine: str, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -13,8 +13,6 @@ Needs vLLM and the extra `serve`.
 from __future__ import annotations
 
 import argparse
-import base64
-import io
 import json
 import os
 import random
@@ -29,7 +27,7 @@ import numpy as np
 
 from benchmarks import publishing
 from benchmarks.experiment import Experiment
-from benchmarks.gpu.load import server
+from benchmarks.gpu.load import image_part, post, server
 from benchmarks.serving.engine import request
 from benchmarks.serving.run import ENV, SIZES, random_model, vllm_version
 
@@ -46,11 +44,8 @@ def body(seed: int, args: argparse.Namespace, named: bool) -> bytes:
     """A request about images that no cache has seen."""
     content: list[dict[str, Any]] = [{"type": "text", "text": "What is it?"}]
     for i in range(args.images):
-        file = io.BytesIO()
         noise = request(seed * args.images + i, 1, args.side, None, "image")
-        noise["multi_modal_data"]["image"].save(file, "PNG")
-        url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+        content.insert(0, image_part(noise["multi_modal_data"]["image"]))
     fields = {
         "messages": [{"role": "user", "content": content}], "max_tokens": args.answer,
         "temperature": 0, "ignore_eos": True, "stream": True,
@@ -62,10 +57,8 @@ def body(seed: int, args: argparse.Namespace, named: bool) -> bytes:
 
 def ask(url: str, content: bytes) -> dict[str, float]:
     """Seconds to the first event and to the end of an answer, and its ratio and visual tokens."""
-    head = {"Content-Type": "application/json"}
     sent, first, last = time.perf_counter(), 0.0, b""
-    path = f"{url}/v1/chat/completions"
-    with urllib.request.urlopen(urllib.request.Request(path, content, head)) as answer:
+    with post(url, content) as answer:
         for line in answer:
             first = first or time.perf_counter() - sent
             last = line if b'"usage":{' in line else last

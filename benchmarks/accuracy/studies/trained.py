@@ -99,17 +99,14 @@ def records(tables: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for title, content in tables.items():
         for row in content["rows"]:
-            low, high = row.get("interval") or (None, None)
             right, count = row.get("where_downscale_fails", (0, 0))
-            gap = row.get("vs_downscale", {})
+            gap, ends = row.get("vs_downscale", {}), row.get("interval") or (None, None)
             shown = {
                 "accuracy": row["accuracy"],
                 "retention": row.get("retention"),
-                "retention_low": low,
-                "retention_high": high,
+                **dict(zip(("retention_low", "retention_high"), ends, strict=True)),
                 "vs_downscale": gap.get("value"),
-                "vs_downscale_low": gap.get("low"),
-                "vs_downscale_high": gap.get("high"),
+                **{f"vs_downscale_{end}": gap.get(end) for end in ("low", "high")},
                 "where_downscale_fails": right / count if count else None,
                 "same_answer": row.get("agreement"),
                 "p_random": row.get("vs_random", {}).get("p"),
