@@ -115,21 +115,20 @@ def row(found: dict[str, Any], evidence: frozenset[int], facts: dict[str, Any]) 
     return {**facts, "frames": index.total, "codec": index.codec, **results}
 
 
-def measure(
-    split: str, many: int, few: int, films: list[Path], cache: Path
-) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All clips and films."""
     from tqdm import tqdm
 
-    cache.mkdir(parents=True, exist_ok=True)
+    args.cache.mkdir(parents=True, exist_ok=True)
     rows = []
-    for clip, encoding, name in tqdm(list(cases(split, many, few))):
+    for clip, encoding, name in tqdm(list(cases(args.split, args.many, args.few))):
         kind = clip.name.split()[1] if clip.evidence else "film"
         facts = {"clip": clip.name, "kind": kind, "encoding": name}
-        rows.append(row(read(clip, encoding, name, cache), clip.evidence, facts))
-    for path in films:
+        rows.append(row(read(clip, encoding, name, args.cache), clip.evidence, facts))
+    for path in args.films:
         facts = {"clip": path.name, "kind": "given", "encoding": path.suffix[1:]}
         rows.append(row(film(path), frozenset(), facts))
-    return rows
+    yield {"split": args.split, "rows": rows}
 
 
 def page(report: dict[str, Any]) -> str:
@@ -178,12 +177,6 @@ def _share(one: dict[str, Any], count: int) -> float:
     return float(one[f"stream {count}"] / even) if even else 1.0
 
 
-def measure_all(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All clips and films."""
-    rows = measure(args.split, args.many, args.few, args.films, args.cache)
-    yield {"split": args.split, "rows": rows}
-
-
 OPTIONS = {
     "split": ("test", "", ("validation", "test")),
     "many": (6, "questions of a family, and films, H.264"),
@@ -191,7 +184,7 @@ OPTIONS = {
     "films": ([], "files to measure as films"),
     "cache": (Path("runs/files"), "what clips say"),
 }
-EXPERIMENT = Experiment("files/stream", measure_all, page, lambda stored: stored["rows"], OPTIONS)
+EXPERIMENT = Experiment("files/stream", measure, page, lambda stored: stored["rows"], OPTIONS)
 
 
 if __name__ == "__main__":

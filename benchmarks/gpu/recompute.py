@@ -18,7 +18,6 @@ from benchmarks.gpu.catalogue import LOADS, TABLES, LoadTable, Table
 from benchmarks.gpu.contribution import Contribution, Row, ServingFile, read, schema
 from benchmarks.gpu.hour import MANIFEST, HourFile, hours_page, read_hour
 from tokencomp.evaluation.comparisons import comparisons, losses
-from tokencomp.evaluation.metrics import Difference
 from tokencomp.evaluation.runs import EvalRun, averaged
 
 ROOT = Path(__file__).resolve().parents[2] / "results"
@@ -60,7 +59,8 @@ def page(
     for table in every:
         parts.append(f"\n## {table.title}\n\n{_command(table)}\n")
         sent = [file for file in files if file.table == table.name]
-        parts += [_one(file) for file in sent] or [EMPTY]
+        made = [_serving(f) if isinstance(f, ServingFile) else _accuracy(f) for f in sent]
+        parts += made or [EMPTY]
     return "\n".join(parts)
 
 
@@ -70,10 +70,6 @@ def _command(table: Table | LoadTable) -> str:
         f"`python -m benchmarks.gpu.tables {table.name}`: about {table.hours:g} hours on one H100 "
         f"(an estimate).{note}"
     )
-
-
-def _one(file: Contribution | ServingFile) -> str:
-    return _serving(file) if isinstance(file, ServingFile) else _accuracy(file)
 
 
 def _serving(file: ServingFile) -> str:
@@ -108,6 +104,7 @@ def table_lines(runs: Sequence[EvalRun]) -> list[str]:
         if run.seeds:
             spread = f", seeds {min(run.seeds):.1%} to {max(run.seeds):.1%}"
         against = comparisons(run, runs)
+        gaps = (against.full, against.random, against.downscale)
         detail = "–"
         if against.detail is not None:
             detail = f"{against.detail:.0%} of {against.detail_items}"
@@ -119,7 +116,7 @@ def table_lines(runs: Sequence[EvalRun]) -> list[str]:
                 f"{row.reached:.3f}",
                 f"{row.visual_tokens:.0f}",
                 f"{run.mean('correct'):.1%}{spread}",
-                *(_points(d) for d in (against.full, against.random, against.downscale)),
+                *("–" if d is None else str(d) for d in gaps),
                 detail,
                 "–" if against.agreement is None else f"{against.agreement:.0%}",
                 *(
@@ -130,10 +127,6 @@ def table_lines(runs: Sequence[EvalRun]) -> list[str]:
             ]
         )
     return publishing.table(COLUMNS, lines).splitlines()
-
-
-def _points(value: Difference | None) -> str:
-    return "–" if value is None else str(value)
 
 
 def losing(runs: Sequence[EvalRun]) -> str:

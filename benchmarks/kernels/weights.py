@@ -153,10 +153,10 @@ def page(data: dict[str, Any]) -> str:
     ]
     own = data["calls"][0]["own"]
     alone = data["steps"][ALONE]
-    decoding = [
-        [kind, f"{min(ms):.2f}", "" if kind == ALONE else f"{_median_share(ms, alone):+.0%}"]
-        for kind, ms in data["steps"].items()
-    ]
+    decoding = []
+    for kind, ms in data["steps"].items():
+        more = median(a / b for a, b in zip(ms, alone, strict=True)) - 1
+        decoding.append([kind, f"{min(ms):.2f}", "" if kind == ALONE else f"{more:+.0%}"])
     names = list(data["time"])
     times = [[n, f"{data['time'][n]:.2f}"] for n in names]
     table = publishing.table
@@ -180,10 +180,6 @@ def page(data: dict[str, Any]) -> str:
             BELOW,
         ]
     )
-
-
-def _median_share(ms: list[float], alone: list[float]) -> float:
-    return median(a / b for a, b in zip(ms, alone, strict=True)) - 1
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -141,7 +141,8 @@ class Answers:
             for kind, by_label in self.texts.items()
         }
         packed = pack({"texts": list(known), "answers": numbers})
-        write(path, {**_plain(self), "packed": packed})
+        about = {"about": self.about, "ids": self.ids, "reached": self.reached}
+        write(path, {**about, "packed": packed})
 
     @classmethod
     def read(cls, path: Path) -> Answers:
@@ -185,10 +186,6 @@ class Answers:
         self.texts.setdefault(kind, {}).update(texts)
         self.reached.setdefault(kind, {}).update(reached)
         self.about.append({"kind": kind, "settings": len(texts), **facts})
-
-
-def _plain(answers: Answers) -> dict[str, Any]:
-    return {"about": answers.about, "ids": answers.ids, "reached": answers.reached}
 
 
 LONGEST = 224

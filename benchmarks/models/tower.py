@@ -84,7 +84,7 @@ PARTS = ("preprocess", "tower", "choose", "rest", "reduce", "prefill", "total")
 def page(records: list[dict[str, Any]]) -> str:
     """The page of the benchmark."""
     rows = []
-    for r in (r for r in records if "parts" in r):
+    for r in (r for r in in_order(records) if "parts" in r):
         for key, parts in r["parts"].items():
             pairs = r.get("pairs", {}).get(key, ())
             spread = f" [{min(pairs):.2f}, {max(pairs):.2f}]" if len(pairs) > 1 else ""
@@ -108,17 +108,14 @@ def after(parts: dict[str, float]) -> list[str]:
     ]
 
 
-def mib(size: float | None) -> float | None:
-    return None if size is None else size / MIB
-
-
 def rows_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of the CSV file, in seconds and MiB: whole models by part, and towers alone."""
+    records = in_order(records)
     rows = [
         {"case": CASES[r["case"]], "tokens": r["tokens"], "setting": LABELS[key]}
         | {part: parts[part] for part in PARTS}
         | {"speedup": r["speedup"][key], "later_token": parts.get("later_token")}
-        | {f"{k}_mib": mib(parts.get(f"{k}_bytes")) for k in ("kv", "peak")}
+        | {f"{k}_mib": (size := parts.get(f"{k}_bytes")) and size / MIB for k in ("kv", "peak")}
         | {"rounds": r["rounds"], "machine": r["machine"]}
         for r in records
         if "parts" in r
@@ -283,14 +280,6 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
         yield records
 
 
-def stored_page(records: list[dict[str, Any]]) -> str:
-    return page(in_order(records))
-
-
-def stored_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return rows_of(in_order(records))
-
-
 TOWER_RATIOS = (0.0, 0.25, 0.5, 0.6, 0.75)
 
 Record = dict[str, Any]
@@ -432,7 +421,7 @@ OPTIONS: dict[str, Any] = {
     "dtype": "float32",
     "attention": "sdpa",
 }
-EXPERIMENT = Experiment("models/tower", measure, stored_page, stored_rows, OPTIONS, lines=True)
+EXPERIMENT = Experiment("models/tower", measure, page, rows_of, OPTIONS, lines=True)
 
 
 if __name__ == "__main__":

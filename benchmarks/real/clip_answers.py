@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,6 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield answered(args, clip_pairs(Photos(args.photos), args.per_family, args.runs / "media"))
 
 
-def clips_page(stored: Any) -> str:
-    return page(stored, HEAD)
-
-
 CHANGED = {
     "runs": FOLDER / "clips",
     "per_family": 40,
@@ -71,7 +68,9 @@ CHANGED = {
     "frames": FRAMES,
     "methods": [*METHODS[:2], FEWER_FRAMES, *METHODS[2:]],
 }
-EXPERIMENT = Experiment("real/clip_answers", measure, clips_page, records, OPTIONS | CHANGED)
+EXPERIMENT = Experiment(
+    "real/clip_answers", measure, partial(page, head=HEAD), records, OPTIONS | CHANGED
+)
 
 
 if __name__ == "__main__":

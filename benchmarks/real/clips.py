@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def page(report: dict[str, Any]) -> str:
     head = ("camera", "noise", "clips", *(f"{count} frames" for count in COUNTS))
     body = [(kind, noise, str(len(some)), *_cells(some)) for kind, noise, some in groups]
     kept = [sum(r[f"even {c}"] and not r[f"stream {c}"] for r in rows) for c in COUNTS]
-    rules = sorted({r["rule 8"].split(":")[0] for r in rows})
+    rules = Counter(r["rule 8"].split(":")[0] for r in rows)
     return "\n".join(
         [
             '# Does `frames="stream:8"` find short events in clips of photographs?\n',
@@ -116,7 +117,7 @@ def page(report: dict[str, Any]) -> str:
             "Clips where even spacing shows it and the stream does not: "
             + ", ".join(f"{n} at {c} frames" for n, c in zip(kept, COUNTS, strict=True))
             + f", of {len(rows)}. What the rule took these clips for at 8 frames: "
-            + ", ".join(f"{rule} {_share(rows, rule)}" for rule in rules)
+            + ", ".join(f"{rule} {n}" for rule, n in sorted(rules.items()))
             + ".\n",
         ]
     )
@@ -127,10 +128,6 @@ def _cells(rows: list[dict[str, Any]]) -> list[str]:
         " / ".join(str(sum(r[f"{name} {count}"] for r in rows)) for name in ("even", "stream"))
         for count in COUNTS
     ]
-
-
-def _share(rows: list[dict[str, Any]], rule: str) -> int:
-    return sum(r["rule 8"].split(":")[0] == rule for r in rows)
 
 
 def measure_all(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -95,7 +95,9 @@ def with_rows(entry: dict[str, Any], rows: PackedAnswers, facts: dict[str, Any])
         Provenance of the new rows.
     """
     answers = entry["answers"].joined(rows) if "answers" in entry else rows
-    keys = sorted(answers.correct, key=_place)
+    keys = sorted(
+        answers.correct, key=lambda key: (ORDER.index(row_of(key)), float(key.rpartition("@")[2]))
+    )
     return {
         **entry,
         "commits": sorted({*entry.get("commits", ()), str(facts.get("commit"))}),
@@ -107,10 +109,6 @@ def with_rows(entry: dict[str, Any], rows: PackedAnswers, facts: dict[str, Any])
 def row_of(key: str) -> str:
     """The name in the key of a row."""
     return key.rpartition("@")[0]
-
-
-def _place(key: str) -> tuple[int, float]:
-    return ORDER.index(row_of(key)), float(key.rpartition("@")[2])
 
 
 IMAGES = ("attribute", "existence", "count", "small_object")
@@ -429,7 +427,8 @@ def at_side(name: str, side: int) -> tuple[Any, Any]:
         "tiny-llava-onevision" or "tiny-vila".
     """
     model, processor = load_model(name, device="cpu")
-    embeddings = _embeddings(adapter_for(model).tower)
+    tower = adapter_for(model).tower
+    embeddings: Any = next(m for m in tower.modules() if hasattr(m, "position_embedding"))
     before, patch = embeddings.image_size, embeddings.patch_size
     _interpolate(embeddings, before // patch, side // patch)
     embeddings.image_size = side
@@ -446,10 +445,6 @@ def at_side(name: str, side: int) -> tuple[Any, Any]:
                 [h * side // before, w * side // before] for h, w in owner.image_grid_pinpoints
             ]
     return model, processor
-
-
-def _embeddings(tower: Any) -> Any:
-    return next(m for m in tower.modules() if hasattr(m, "position_embedding"))
 
 
 @torch.no_grad()
