@@ -37,15 +37,9 @@ from benchmarks.models.shapes import qwen2_vl
 
 # aten calls that block the host until their result is there
 READS = {
-    "_local_scalar_dense",
-    "nonzero",
-    "equal",
-    "is_nonzero",
-    "masked_select",
-    "_unique2",
-    "unique_dim",
-    "unique_consecutive",
-}
+    "_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2",
+    "unique_dim", "unique_consecutive",
+}  # fmt: skip
 
 
 class Calls(TorchDispatchMode):
@@ -126,36 +120,14 @@ def _site() -> str:
 
 
 REDUCERS = (
-    "uniform",
-    "random",
-    "divprune",
-    "bipartite",
-    "auto",
-    "cdpruner",
-    "pool",
-    "evs",
-    "vidcom2",
-    "prune",
-    "aim",
-    "fastv",
-    "pyramiddrop",
-    "adsc",
-)
+    "uniform", "random", "divprune", "bipartite", "auto", "cdpruner", "pool", "evs", "vidcom2",
+    "prune", "aim", "fastv", "pyramiddrop", "adsc",
+)  # fmt: skip
 # More calls and reads for one image, and as many for more.
 COMPARATORS = (
-    "dart",
-    "mmtok",
-    "anchorprune",
-    "scope",
-    "visionzip",
-    "visprune",
-    "hiprune",
-    "holov",
-    "fastvid",
-    "flashvid",
-    "holitom",
-    "tango",
-)
+    "dart", "mmtok", "anchorprune", "scope", "visionzip", "visprune", "hiprune", "holov", "fastvid",
+    "flashvid", "holitom", "tango",
+)  # fmt: skip
 OFF = "ratio 0"  # a patch that does nothing, whatever its reducer
 CASES = (OFF, *REDUCERS, *COMPARATORS)
 IMAGES, BATCHES = (1, 4, 16), (1, 8)
