@@ -83,7 +83,8 @@ class EqualTokens:
             return self._nearest(media, frames, target)[-1]
         smaller = self._smaller(media, size, target)
         if smaller is None:
-            return self._nearest(media, frames, target)[-1] if is_video else _unchanged
+            # If all images get equally many tokens, smaller ones save none.
+            return self._nearest(media, frames, target)[-1] if is_video else lambda same: same
         return smaller
 
     def _smaller(self, media: Any, size: tuple[int, int], target: int) -> Resize | None:
@@ -128,11 +129,6 @@ class EqualTokens:
             else:
                 low, found = middle, middle if taken else found
         return small.at(found)
-
-
-def _unchanged(media: Any) -> Any:
-    """The media: if all images get equally many tokens, smaller ones save none."""
-    return media
 
 
 class Resize:

@@ -66,12 +66,13 @@ def comparisons(run: EvalRun, runs: Sequence[EvalRun]) -> Comparisons:
     if run is full:
         return Comparisons()
     random = _at(RANDOM, run.ratio, runs) if not _is(RANDOM, run) else []
-    small = _at(DOWNSCALE, run.ratio, runs) if not _is(DOWNSCALE, run) else []
-    detail = _detail(run, _at(DOWNSCALE, run.ratio, runs))
+    small = _at(DOWNSCALE, run.ratio, runs)
+    blurred = small[0].scores if small else {}
+    detail = [float(r["correct"]) for r in run.answered if blurred.get(r["id"], 1.0) < 0.5]
     return Comparisons(
         full=_against(run, [full]),
         random=_against(run, random),
-        downscale=_against(run, small),
+        downscale=_against(run, small if not _is(DOWNSCALE, run) else []),
         seeds=sum(len(one.seeds) or 1 for one in random),
         detail=sum(detail) / len(detail) if detail else None,
         detail_items=len(detail),
@@ -128,12 +129,6 @@ def _is(name: str, run: EvalRun) -> bool:
 def _against(run: EvalRun, group: Sequence[EvalRun]) -> Difference | None:
     pairs = score_pairs(run, group) if group else []
     return difference(*zip(*pairs, strict=True)) if pairs else None
-
-
-def _detail(run: EvalRun, small: Sequence[EvalRun]) -> list[float]:
-    """Scores on the items that downscaling gets wrong."""
-    blurred = small[0].scores if small else {}
-    return [float(r["correct"]) for r in run.answered if blurred.get(r["id"], 1.0) < 0.5]
 
 
 def _agreement(run: EvalRun, full: EvalRun) -> float | None:

@@ -30,18 +30,16 @@ def load_boxes(path: Path) -> list[Box]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig", errors="replace")
-        rows = json.loads(text) if path.suffix.lower() == ".json" else _of_csv(text)
+        if path.suffix.lower() == ".json":
+            rows = json.loads(text)
+        else:  # the corners in every row that is not empty
+            rows = [line.split(",", 8)[:8] for line in text.splitlines() if line.strip()]
         boxes = [_box(row) for row in rows]
     except (OSError, TypeError, ValueError) as error:
         raise OptionError(f"--boxes {path}: {error}. Give {FORMS}.") from error
     if not boxes:
         raise OptionError(f"--boxes {path}: it has no boxes. Give {FORMS}.")
     return boxes
-
-
-def _of_csv(text: str) -> list[list[str]]:
-    """The corners in every row that is not empty."""
-    return [line.split(",", 8)[:8] for line in text.splitlines() if line.strip()]
 
 
 def _box(row: Any) -> Box:

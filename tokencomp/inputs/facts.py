@@ -70,7 +70,8 @@ class Facts:
         first; a fact that is listed twice has to be said twice. Statements end at line breaks,
         semicolons, and full stops, question and exclamation marks before a space.
         """
-        statements = [plain_words(part).split() for part in STATEMENTS.split(_unmarked(answer))]
+        unmarked = MARKER.sub("", answer)  # without numbers and dots before the items of a list
+        statements = [plain_words(part).split() for part in STATEMENTS.split(unmarked)]
         words = [word for part in statements for word in part]
         spots = [
             [spot for text in texts for spot in _spots(plain_words(text).split(), words)]
@@ -84,11 +85,6 @@ class Facts:
             invented += bool(part) and named.isdisjoint(places)
             first = places.stop
         return FactsFound(tuple(k in kept for k in range(len(spots))), invented)
-
-
-def _unmarked(answer: str) -> str:
-    """An answer without the numbers and dots before the items of a list."""
-    return MARKER.sub("", answer)
 
 
 def _spots(fact: Sequence[str], words: Sequence[str]) -> list[Span]:

@@ -159,7 +159,8 @@ def _decoded(
     """Decode the frames that the policy of some limits chooses from a clip within them."""
     try:
         with kind(content, limits, deadline) as clip:  # type: ignore[call-arg]  # of both kinds
-            video = load_clip(clip, what, _Bounded(limits), warn=_silent)
+            # Answers have no place for warnings.
+            video = load_clip(clip, what, _Bounded(limits), warn=lambda text: None)
         return _whole(video), video.sampling
     except RequestError:
         raise
@@ -173,10 +174,6 @@ def _decoded(
         raise RequestError(f"a frame has more than {limits.max_pixels} pixels.", 413) from None
     except Exception as error:  # decoders raise undocumented types
         raise RequestError(f"{what} cannot be decoded ({type(error).__name__}).") from None
-
-
-def _silent(text: str) -> None:
-    """Answers have no place for warnings."""
 
 
 def _stacked(
