@@ -16,6 +16,7 @@ from support.console import run
 
 from benchmarks.gpu.catalogue import TABLES
 from tokencomp.errors import OptionError
+from tokencomp.lmms import data as bench_data
 from tokencomp.lmms.data import SHAPESQA_ID, LocalData, write_shapesqa
 from tokencomp.lmms.tasks import item_score
 
@@ -174,3 +175,35 @@ def test_eval_goes_on_after_a_kill(args, done, tmp_path, finished):
 def answered(out: Path, name: str) -> set[str]:
     files = out.glob(f"uniform-0.75/answers-*/{name}")
     return {json.loads(line)["id"] for file in files for line in file.read_text().splitlines()}
+
+
+@needs_lmms
+@pytest.mark.slow
+def test_lmms_evals_own_command_gives_the_same_score(folder, done, data, tmp_path):
+    """`lmms-eval --model tokencomp` on the one-word task, whose data are found in HF_HOME."""
+    LocalData(data).stage(tmp_path / "home", {"shapesqa": SHAPESQA_ID})
+    local = tmp_path / "tasks"
+    local.mkdir()
+    own = Path(bench_data.__file__).parent
+    (local / "shapesqa_task.py").write_text((own / "shapesqa_task.py").read_text())
+    task = (own / "shapesqa.yaml").read_text().replace(SHAPESQA_ID, str(data / SHAPESQA_ID))
+    (local / "shapesqa.yaml").write_text(task.replace("  cache_dir: shapesqa", "  {}"))
+    model = f"pretrained={folder},reducer=uniform,ratio=0.75"
+    finished = launch(
+        "lmms_eval", "--model", "tokencomp", "--model_args", model, "--tasks", "shapesqa",
+        "--include_path", local, "--batch_size", 4, "--output_path", tmp_path / "out",
+        HF_HOME=str(tmp_path / "home"), HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    content = json.loads(next((tmp_path / "out").rglob("*results.json")).read_text())["results"]
+    known = json.loads((done / "uniform-0.75/manifest.json").read_text())["scores"]
+    assert content["shapesqa"]["exact_match,none"] == known["shapesqa"]["exact_match"]
+
+
+@needs_lmms
+def test_the_entry_point_is_found_by_lmms_eval():
+    from lmms_eval.models.registry_v2 import ModelRegistryV2
+
+    registry = ModelRegistryV2()
+    registry.load_entrypoint_manifests()
+    assert registry.get_model_class("tokencomp").__name__ == "TokenComp"

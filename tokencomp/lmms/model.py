@@ -1,64 +1,96 @@
-"""A compressed model as lmms-eval asks it."""
+"""tokencomp as a model of lmms-eval: `lmms-eval --model tokencomp --model_args pretrained=...`.
+
+Imported by lmms-eval alone; nothing else in the package needs it.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
 
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.runner import sweep
-from tokencomp.evaluation.settings import Setting
+from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.evaluation.store import read_records
+from tokencomp.inputs.packaged import DEFAULT_MODEL
 from tokencomp.inputs.questions import Deferred, Example, Media
 from tokencomp.inputs.video.frames import plain_frames
 
 ANSWERS = "answers-"
 
 
+def manifest() -> ModelManifest:
+    """What the entry point `lmms_eval.models` returns to lmms-eval's registry."""
+    return ModelManifest("tokencomp", simple_class_path="tokencomp.lmms.model.TokenComp")
+
+
 class TokenComp(lmms):
-    """A loaded model under one setting.
+    """Any supported Hugging Face model under one setting; lmms-eval passes all arguments as text.
 
     Parameters
     ----------
-    name
-        Of the model, in the manifest.
-    loaded
-        Model and processor.
+    pretrained, frames, batch_size, device, dtype, attention
+        As in `tokencomp eval`.
+    reducer, ratio, options
+        As in `Setting`, options as JSON; any further `name=value` argument is an option, too.
     results
         Folder for answers; an interrupted run continues there.
-    frames, batch_size
-        As in `tokencomp eval`.
+    loaded, setting
+        Objects of callers in the same process, instead of their names.
     """
 
     is_simple = True
 
     def __init__(
         self,
-        name: str,
-        loaded: tuple[Any, Any],
-        setting: Setting,
-        results: Path,
-        frames: int | str,
-        batch_size: int,
+        pretrained: str = DEFAULT_MODEL,
+        reducer: str = FULL,
+        ratio: float = 0.0,
+        options: str = "{}",
+        frames: int | str = 8,
+        batch_size: int | str = 8,
+        device: str | None = None,
+        dtype: str = "auto",
+        attention: str | None = None,
+        results: str | None = None,
+        loaded: tuple[Any, Any] | None = None,
+        setting: Setting | None = None,
+        **more: Any,
     ) -> None:
         super().__init__()
         from accelerate import Accelerator
 
-        self.model, self.processor = loaded
+        from tokencomp.inputs.loading import load_model
+
+        self.model, self.processor = loaded or load_model(
+            pretrained, device=self._local(device), dtype=dtype, attention=attention
+        )
         # Data parallelism under `accelerate launch`.
         self.accelerator = Accelerator(cpu=self.model.device.type == "cpu")
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
-        self.setting, self.results = setting, results
-        self.name, self.frames, self.batch_size = name, plain_frames(frames), batch_size
+        more.pop("max_batch_size", None)
+        all_options = {**json.loads(options), **more}
+        self.setting = setting or Setting(reducer, float(ratio), all_options)
+        self.name, self.frames = pretrained, plain_frames(frames)
+        self.batch_size = int(batch_size) if str(batch_size).isdigit() else 8
+        self.results = None if results is None else Path(results)
         self.run_manifest: dict[str, Any] = {}
         self._records: dict[str, dict[str, Any]] = {}
         self.examples: dict[str, Example] = {}
+
+    def _local(self, device: str | None) -> str:
+        """Every process uses one GPU, although lmms-eval passes one device to all of them."""
+        many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        return "auto" if device is None or (many and device.startswith("cuda")) else device
 
     @property
     def device(self) -> Any:
@@ -80,12 +112,13 @@ class TokenComp(lmms):
             groups.setdefault((limit, stops), []).append(example)
         for (limit, stops), examples in groups.items():
             self.examples |= {example.id: example for example in examples}
+            folders = None if self.results is None else {self.setting: self._folder(limit)}
             run = sweep(
                 self.model,
                 self.processor,
                 examples,
                 [self.setting],
-                {self.setting: self.results / f"{ANSWERS}{limit}"},
+                folders,
                 batch_size=self.batch_size,
                 frames=self.frames,
                 max_new_tokens=limit,
@@ -98,10 +131,13 @@ class TokenComp(lmms):
                 answers[record["id"]] = _cut(record.get("prediction", ""), stops)
         return [answers[_key(r)] for r in requests]
 
+    def _folder(self, limit: int) -> Path:
+        return Path(str(self.results)) / f"{ANSWERS}{limit}"
+
     @property
     def records(self) -> dict[str, dict[str, Any]]:
         """The records of all items by id; those of other processes are read from their folders."""
-        if self.world_size > 1:
+        if self.world_size > 1 and self.results is not None:
             for folder in sorted(self.results.glob(f"{ANSWERS}*")):
                 self._records |= {r["id"]: r for r in read_records(folder)}
         return self._records

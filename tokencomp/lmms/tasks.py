@@ -114,7 +114,9 @@ def run_setting(
 
     from tokencomp.lmms.model import TokenComp
 
-    model = TokenComp(name, loaded, setting, out, frames, batch_size)
+    model = TokenComp(
+        name, frames=frames, batch_size=batch_size, results=str(out), loaded=loaded, setting=setting
+    )
     if model.rank == 0:
         store.write({"finished": False})
     results = simple_evaluate(
