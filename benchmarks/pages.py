@@ -31,11 +31,12 @@ from tokencomp.cli import one_message
 
 MODULES = """
 accuracy.studies.intervals accuracy.studies.pixels accuracy.studies.retrieval
-accuracy.studies.session files.accuracy files.clock files.stream kernels.calls kernels.weights
-models.chunked_prefill models.decoding models.prefill models.rounding models.tower models.total
-nlvr.__main__ peers.run real.run real.candidates real.clip_answers real.clips screens.__main__
-screens.answers screens.receipts serving.agents serving.attacker serving.burst serving.clients
-serving.merging serving.positions serving.ratio_zero serving.run sounds.run serving.transfer
+accuracy.studies.session clicks.__main__ files.accuracy files.clock files.stream kernels.calls
+kernels.weights models.chunked_prefill models.decoding models.prefill models.rounding models.tower
+models.total nlvr.__main__ peers.run real.run real.candidates real.clip_answers real.clips
+screens.__main__ screens.answers screens.receipts serving.agents serving.attacker serving.burst
+serving.clients serving.merging serving.positions serving.ratio_zero serving.run sounds.run
+serving.transfer
 """
 STUDIES = "benchmarks.accuracy.studies"
 EXPERIMENTS = [import_module(f"benchmarks.{name}").EXPERIMENT for name in MODULES.split()]

@@ -31,6 +31,7 @@ from tokencomp.inputs.prompts import build_inputs
 from tokencomp.inputs.zoom import Region
 
 SPLIT = "test"
+TRAINING = ("seed", "start", "finished", "steps", "seconds", "training_scores", "date", "commit")
 ANSWER = re.compile(r"<x(\d+)>\s*<y(\d+)>")
 ZOOM = 10
 """Visual tokens on a side of the closer look."""
@@ -136,6 +137,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     torch.set_num_threads(args.threads)
     training = json.loads((args.folder / "run" / "training.json").read_text())
+    training = {name: training[name] for name in TRAINING}
     screens = [*Pages(args.folder / f"{SPLIT}.npz").fixed()]
     asked = [question for screen in screens for question in screen.questions]
     areas = [max((b[2] - b[0]) * (b[3] - b[1]) for b in q.boxes) for q in asked]
