@@ -6,16 +6,20 @@ import logging
 from abc import abstractmethod
 from argparse import ArgumentParser, Namespace
 from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recipes.packing import attention_mask
+from recipes.tiny.muon import optimizers
 from tokencomp.engine.prompt import IGNORED
+from tokencomp.evaluation.environment import environment
 from tokencomp.training.steps import RunningScores, Steps
 
 
@@ -40,6 +44,40 @@ class Trainer(Steps):
 
     model: Any
     bf16: bool
+
+    def prepare(
+        self,
+        stages: Sequence[Any],
+        heads: Mapping[str, nn.Module],
+        vision: Iterable[nn.Parameter],
+        folder: Path,
+        seed: int,
+        save_every: int,
+    ) -> None:
+        """Initialise the training of all of `model`, and of `heads` at the rate of its tower."""
+        trained = nn.ModuleDict({"model": self.model, **heads})
+        new = [p for head in heads.values() for p in head.parameters()]
+        super().__init__(
+            stages,
+            dict(trained.named_parameters()),
+            optimizers(self.model, [*vision, *new]),
+            folder / "checkpoint.pt",
+            {"seed": seed, "stages": [asdict(stage) for stage in stages]},
+            seed,
+            save_every,
+        )
+
+    def facts(self, finished: bool, **more: Any) -> dict[str, Any]:
+        """What `training.json` says of a training, `more` included."""
+        return {
+            "seed": self.seed,
+            **more,
+            "finished": finished,
+            "steps": len(self.history),
+            "seconds": round(self.seconds),
+            "training_scores": self.scores.percent(),
+            **environment(),
+        }
 
     @property
     def stage(self) -> Any:

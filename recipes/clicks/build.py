@@ -17,7 +17,6 @@ from recipes.clicks.screens import Pages
 from recipes.clicks.train import ClickStage, ClickTrainer, start
 from recipes.trainer import arguments
 from tokencomp.cli import one_message
-from tokencomp.evaluation.environment import environment
 from tokencomp.storage import write_json
 
 START = "tiny-qwen3-vl-hard"
@@ -40,15 +39,7 @@ def main() -> None:
     model.config.text_config._attn_implementation = "sdpa"
     model.half().save_pretrained(args.out / "model")
     processor.save_pretrained(args.out / "model")
-    facts = {
-        "seed": args.seed,
-        "start": START,
-        "finished": done,
-        "steps": len(trainer.history),
-        "seconds": round(trainer.seconds),
-        "training_scores": trainer.scores.percent(),
-        **environment(),
-    }
+    facts = trainer.facts(done, start=START)
     write_json(args.out / "training.json", facts)
     print(json.dumps(facts["training_scores"]), flush=True)
 

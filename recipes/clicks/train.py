@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from recipes.clicks.screens import BINS, CELL, SCREEN, Box, Pages, bins, view
 from recipes.packing import Packer, stacked
 from recipes.tiny.families.qwen3_vl import TinyQwen3VL, batch_tower_attention
-from recipes.tiny.muon import optimizers
 from recipes.trainer import Trainer, attend, text_inputs
 from tokencomp.engine.prompt import IGNORED
 from tokencomp.inputs.zoom import Region
@@ -131,17 +130,8 @@ class ClickTrainer(Trainer):
         (self.pad,) = self.maker.packer.ids("<|image_pad|>")
         self.first = tokenizer.convert_tokens_to_ids(COORDINATES[0])
         self.soft = soft_targets(len(model.get_output_embeddings().weight), self.first)
-        trained = nn.ModuleDict({"model": model, "coordinates": self.coordinates})
-        vision = [*model.model.visual.parameters(), *self.coordinates.parameters()]
-        super().__init__(
-            stages,
-            dict(trained.named_parameters()),
-            optimizers(model, vision),
-            folder / "checkpoint.pt",
-            {"seed": seed, "stages": [asdict(stage) for stage in stages]},
-            seed,
-            save_every,
-        )
+        heads = {"coordinates": self.coordinates}
+        self.prepare(stages, heads, model.model.visual.parameters(), folder, seed, save_every)
 
     def batches(self) -> Iterator[dict[str, Any]]:
         for step in range(self.step, self.stage.steps):

@@ -18,7 +18,6 @@ from typing import Any
 from recipes.long.train import PLANS, START, LongTrainer, start
 from recipes.trainer import arguments
 from tokencomp.cli import one_message
-from tokencomp.evaluation.environment import environment
 from tokencomp.inputs.loading import load_folder
 from tokencomp.inputs.packaged import model_path
 from tokencomp.storage import write_json
@@ -53,15 +52,7 @@ def write(
     write_json(folder / "tokenizer_config.json", {**words, "added_tokens_decoder": added})
     state = {k: v.detach().half().contiguous() for k, v in trainer.model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    facts = {
-        "model": model,
-        "seed": trainer.seed,
-        "finished": finished,
-        "steps": len(trainer.history),
-        "seconds": round(trainer.seconds),
-        "training_scores": trainer.scores.percent(),
-        **environment(),
-    }
+    facts = trainer.facts(finished, model=model)
     write_json(folder.parent / "training.json", facts)
     print(json.dumps(facts["training_scores"]), flush=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from recipes.tiny.families import family
 from recipes.tiny.families.parts import Family
 from recipes.tiny.families.qwen3_vl import TinyQwen3VL, batch_tower_attention
 from recipes.tiny.losses import class_loss
-from recipes.tiny.muon import optimizers
 from recipes.trainer import Trainer, attend_by_products, text_inputs
 from tokencomp.engine.prompt import IGNORED
 from tokencomp.zoo.shapesqa.long_scenes import SIDE
@@ -125,18 +124,8 @@ class LongTrainer(Trainer):
             decoder.layers[layer].register_forward_hook(partial(self._keep, layer))
         pads = [family.placeholder(kind) for kind in family.kinds]
         self._pads = torch.tensor(tokenizer.convert_tokens_to_ids(pads))
-        heads = nn.ModuleDict({"cells": self.cells, "later": self.later})
-        vision = [*family.vision_parameters(model), *heads.parameters()]
-        trained = nn.ModuleDict({"model": model, **heads})
-        super().__init__(
-            stages,
-            dict(trained.named_parameters()),
-            optimizers(model, vision),
-            folder / "checkpoint.pt",
-            {"seed": seed, "stages": [asdict(stage) for stage in stages]},
-            seed,
-            save_every,
-        )
+        heads = {"cells": self.cells, "later": self.later}
+        self.prepare(stages, heads, family.vision_parameters(model), folder, seed, save_every)
 
     def _keep(self, layer: int, module: Any, inputs: Any, output: Any) -> None:
         self._seen[layer] = output[0] if isinstance(output, tuple) else output

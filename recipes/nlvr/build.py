@@ -17,7 +17,6 @@ from recipes.nlvr.corpus import examples
 from recipes.nlvr.train import RECIPE, NlvrTrainer, start
 from recipes.trainer import arguments
 from tokencomp.cli import one_message
-from tokencomp.evaluation.environment import environment
 from tokencomp.storage import write_json
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "nlvr"
@@ -50,16 +49,12 @@ def _written(trainer: NlvrTrainer, processor: Any, out: Path) -> dict[str, Any]:
     steps = {stage.name: stage.steps for stage in done}
     if trainer.phase < len(RECIPE):
         steps[RECIPE[trainer.phase].name] = trainer.step
-    facts = {
-        "seed": trainer.seed,
-        "finished": trainer.phase == len(RECIPE),
-        "stages": {name: count for name, count in steps.items() if count},
-        "seconds": round(trainer.seconds),
-        "training_scores": trainer.scores.percent(),
-        "training_examples": len(trainer.examples),
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        **environment(),
-    }
+    facts = trainer.facts(
+        trainer.phase == len(RECIPE),
+        stages={name: count for name, count in steps.items() if count},
+        training_examples=len(trainer.examples),
+        parameters=sum(p.numel() for p in trainer.model.parameters()),
+    )
     write_json(folder / "training.json", facts)
     return facts
 

@@ -22,7 +22,6 @@ import torch
 from recipes.photographs.sources import LANGUAGE, TOWER, TUXPAINT, Photos, missing, weights
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.environment import environment
 from tokencomp.storage import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,18 +51,14 @@ def build(folder: Path, photos: Path, share: float, seed: int, stop_after: int |
     recipe = shortened(RECIPE, share)
     trainer = StampTrainer(model, maker, last_blocks(model), recipe, folder)
     done = trainer.run(stop_after)
-    facts = {
-        "seed": seed,
-        "share": share,
-        "finished": done,
-        "stages": {stage.name: stage.steps for stage in recipe},
-        "reached": recipe[trainer.phase].name if not done else "end",
-        "step": trainer.step,
-        "seconds": round(trainer.seconds),
-        "training_scores": trainer.scores.percent(),
-        "trained_parameters": sum(t.numel() for t in trainer.parameters.values()),
-        **environment(),
-    }
+    facts = trainer.facts(
+        done,
+        share=share,
+        stages={stage.name: stage.steps for stage in recipe},
+        reached=recipe[trainer.phase].name if not done else "end",
+        step=trainer.step,
+        trained_parameters=sum(t.numel() for t in trainer.parameters.values()),
+    )
     write(trainer, processor, folder / "model", facts)
     return done
 

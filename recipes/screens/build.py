@@ -19,7 +19,6 @@ from recipes.packing import Packer
 from recipes.screens.train import Screens, ScreenStage, ScreenTrainer
 from recipes.trainer import arguments
 from tokencomp.cli import one_message
-from tokencomp.evaluation.environment import environment
 from tokencomp.inputs.loading import load_folder
 from tokencomp.inputs.packaged import resolve
 from tokencomp.storage import write_json
@@ -48,16 +47,8 @@ def train(folder: Path, start: str, stages: Any, seed: int, stop_after: int | No
     trainer = ScreenTrainer(model, packer, stages, folder, seed)
     done = trainer.run(stop_after)
     write(model, source, folder / "model")
-    facts = {
-        "seed": seed,
-        "start": Path(start).name,
-        "finished": done,
-        "stages": {stage.name: stage.steps for stage in stages},
-        "steps": len(trainer.history),
-        "seconds": round(trainer.seconds),
-        "training_scores": trainer.scores.percent(),
-        **environment(),
-    }
+    counts = {stage.name: stage.steps for stage in stages}
+    facts = trainer.facts(done, start=Path(start).name, stages=counts)
     write_json(folder / "model" / "training.json", facts)
     print(json.dumps(facts["training_scores"]), flush=True)
     return done

@@ -7,7 +7,7 @@ segment of its own. With `delta`, what the method drops is masked: in the tower 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -21,7 +21,6 @@ from recipes.packing import Packer, attention_mask, stacked
 from recipes.screens.questions import QUALITIES, ask, kinds_of, pairs
 from recipes.screens.scenes import CELL, SIDE, Screen, kept_by_delta, pixels, sequence
 from recipes.tiny.families.qwen3_vl import TinyQwen3VL
-from recipes.tiny.muon import optimizers
 from recipes.trainer import Trainer, attend, share_right
 from tokencomp.training.steps import Phase
 from tokencomp.zoo.shapesqa.items import stream
@@ -168,17 +167,8 @@ class ScreenTrainer(Trainer):
         self.names = nn.Linear(model.config.text_config.hidden_size, len(NAMES) + 1 + len(COLORS))
         (self.pad,) = packer.ids("<|image_pad|>")
         attend_among_kept(model.model.visual)
-        vision = [*model.model.visual.parameters(), *self.names.parameters()]
-        trained = nn.ModuleDict({"model": model, "names": self.names})
-        super().__init__(
-            stages,
-            dict(trained.named_parameters()),
-            optimizers(model, vision),
-            folder / "checkpoint.pt",
-            {"seed": seed, "stages": [asdict(stage) for stage in stages]},
-            seed,
-            save_every,
-        )
+        heads = {"names": self.names}
+        self.prepare(stages, heads, model.model.visual.parameters(), folder, seed, save_every)
 
     def batches(self) -> Iterator[dict[str, Any]]:
         stage = self.stage

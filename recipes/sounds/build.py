@@ -20,7 +20,6 @@ from recipes.sounds.model import build, build_processor, build_tokenizer, save
 from recipes.sounds.train import RECIPE, SoundTrainer
 from recipes.trainer import arguments
 from tokencomp.cli import one_message
-from tokencomp.evaluation.environment import environment
 from tokencomp.storage import write_json
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "sounds"
@@ -35,15 +34,11 @@ def train(folder: Path, seed: int, stop_after: int | None) -> bool:
     trainer = SoundTrainer(model, maker, RECIPE, folder)
     done = trainer.run(stop_after)
     save(model.eval(), tokenizer, folder / "model")
-    facts = {
-        "seed": seed,
-        "finished": done,
-        "stages": {stage.name: stage.steps for stage in RECIPE},
-        "seconds": round(trainer.seconds),
-        "training_scores": trainer.scores.percent(),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        **environment(),
-    }
+    facts = trainer.facts(
+        done,
+        stages={stage.name: stage.steps for stage in RECIPE},
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
     write_json(folder / "model" / "training.json", facts)
     print(json.dumps(facts["training_scores"]), flush=True)
     return done
