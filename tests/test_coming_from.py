@@ -171,7 +171,13 @@ def test_max_pixels_counts_frames_in_qwen2_and_clips_in_qwen3() -> None:
 
 def test_commands_of_servers_reach_their_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[Any] = []
-    monkeypatch.setattr(launch, "run_vllm", lambda *args, **more: called.append(args))
+
+    def noted(*args: Any) -> tuple[list[str], dict[str, str]]:
+        called.append(args)
+        return [], {}
+
+    monkeypatch.setattr(launch, "vllm_command", noted)
+    monkeypatch.setattr(launch, "run_vllm", lambda *args: None)
     monkeypatch.setattr(launch, "run_hf", lambda *args, **more: called.append((*args, more)))
     lines = [line for line in commands(PAGE) if line[0] == "serve"]
     assert len(lines) == 3

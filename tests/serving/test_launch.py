@@ -217,7 +217,13 @@ def test_an_embedded_model_has_its_name_on_vllm(
     arguments: list[str], names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[tuple[str, list[str]]] = []
-    monkeypatch.setattr(launch, "run_vllm", lambda model, *args: started.append((model, args[3])))
+
+    def noted(model: str, *args: Any) -> tuple[list[str], dict[str, str]]:
+        started.append((model, args[3]))
+        return [], {}
+
+    monkeypatch.setattr(launch, "vllm_command", noted)
+    monkeypatch.setattr(launch, "run_vllm", lambda *args: None)
     assert run("serve", "--engine", "vllm", "--model", "tiny-qwen2-vl", *arguments) in (0, None)
     ((folder, extra),) = started
     assert (Path(folder) / "config.json").exists()

@@ -162,7 +162,7 @@ def command(
         run(resolve(source.model), chosen, host, port, context.args)
         return
     from tokencomp.method import usual_ratio
-    from tokencomp.serving.launch import run_hf, run_vllm
+    from tokencomp.serving.launch import run_hf, run_vllm, vllm_command
     from tokencomp.serving.limits import Limits
 
     options = {
@@ -196,7 +196,8 @@ def command(
             extra += ["--max-model-len", str(max_model_len)]
         if source.dtype != "auto":
             extra += ["--dtype", source.dtype]
-        run_vllm(folder, options, bind, limits, extra, allow_path or (), router or ())
+        paths, routers = allow_path or (), router or ()
+        run_vllm(*vllm_command(folder, options, bind, limits, extra, paths, routers), bind)
         return
     opt.refuse_options(context, ("allow_path",), f"--engine {engine}", "it has no further paths")
     opt.refuse_options(context, ("router",), f"--engine {engine}", "it has no roles")

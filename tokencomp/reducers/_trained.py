@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from os import PathLike, fspath
@@ -41,9 +42,9 @@ class TrainedReducer(Reducer):
         super().__post_init__()
 
     @classmethod
+    @abstractmethod
     def module_of(cls, card: Card, path: Path) -> nn.Module:
         """The module that a card describes, before its weights are loaded."""
-        raise NotImplementedError
 
     def bind(self, facts: ModelFacts) -> Reducer:
         from tokencomp.trained.cards import check_card, locate

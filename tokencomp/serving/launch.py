@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokencomp.errors import MissingDependencyError, OptionError, UnsupportedModelError, install
@@ -205,17 +205,8 @@ def check_architecture(model: str, options: ServerOptions) -> bool:
     return True
 
 
-def run_vllm(
-    model: str,
-    options: dict[str, Any],
-    bind: Bind,
-    limits: Limits,
-    extra: Sequence[str],
-    paths: Sequence[str] = (),
-    routers: Sequence[str] = (),
-) -> None:
-    """Replace this process with `vllm serve`; arguments and errors as of `vllm_command`."""
-    command, env = vllm_command(model, options, bind, limits, extra, paths, routers)
+def run_vllm(command: list[str], env: Mapping[str, str], bind: Bind) -> None:
+    """Replace this process with `vllm serve`, by the line and environment of `vllm_command`."""
     bind.warn_if_open()
     os.execve(command[0], command, env)
 
