@@ -2,7 +2,7 @@
 
     python -m benchmarks.pages                     # all of them
     python -m benchmarks.pages serving/agents accuracy/unseen
-    python -m benchmarks.pages serving/transfer --csv    # its tables, beside the page
+    python -m benchmarks.pages serving/transfer --csv    # its tables, next to the page
     python -m benchmarks.pages --list
 
 Tables of the README come from `benchmarks.figures`. The page of `benchmarks.kernels.aot` is rebuilt

@@ -229,7 +229,7 @@ def _intro(report: Row) -> str:
         f"{', '.join(families)}, each about three clips with another background: {len(rows)} clips "
         "of two minutes, 24 frames per second, H.264 with a key frame every two seconds. An event "
         "lasts half a second; what `direction` asks about lasts the whole clip. AKS scores one "
-        "frame per second with the model's own embeddings, FOCUS three of every 16 seconds and "
+        "frame per second with embeddings of the model, FOCUS three of every 16 seconds and "
         "then one per second of half the clip. *The answer known* takes the frames that show the "
         f"evidence: what is missing there is the model's{TRAINED.get(report['model'], '')}. Ratio "
         f"{RATIO:g} (achieved: {ratio:.3f}) with the default method leaves 32 frames the visual "
@@ -276,10 +276,10 @@ def _blind(rows: Sequence[Row]) -> float:
     """Share of right answers of the best guess by family that sees nothing."""
     right = 0.0
     for family in {r["family"] for r in rows}:
-        own = [r for r in rows if r["family"] == family]
-        answers = [r["answer"] for r in own]
+        asked = [r for r in rows if r["family"] == family]
+        answers = [r["answer"] for r in asked]
         right += max(
-            max(answers.count(a) for a in set(answers)), sum(1 / len(r["options"]) for r in own)
+            max(answers.count(a) for a in set(answers)), sum(1 / len(r["options"]) for r in asked)
         )
     return right / len(rows)
 

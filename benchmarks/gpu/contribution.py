@@ -99,7 +99,7 @@ class ServingFile(Strict):
     def _consistent(self) -> ServingFile:
         pairs = [(load.clients, load.ratio) for load in self.loads]
         if len(set(pairs)) < len(pairs):
-            raise ValueError("a ratio stands twice at the same number of clients")
+            raise ValueError("a ratio occurs twice at the same number of clients")
         missing = {clients for clients, _ in pairs} - {c for c, ratio in pairs if ratio == 0}
         if missing:
             raise ValueError(f"ratio 0 is missing at {sorted(missing)} clients")

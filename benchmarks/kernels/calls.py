@@ -83,7 +83,7 @@ class Calls(TorchDispatchMode):
         self._note("read")
 
     def count_check(self, condition: Tensor, message: str) -> None:
-        """Stands in for `checks.holds`, which reads its condition inside of a kernel."""
+        """Replaces `checks.holds`, which reads its condition inside of a kernel."""
         self._read()
         assert bool(condition), message
 
@@ -96,7 +96,7 @@ class Calls(TorchDispatchMode):
             if not self._in_kernel:
                 self._read()
             copy = cpu(tensor, *args)
-            copy.is_host_copy = True  # type: ignore[attr-defined]  # a mark of our own
+            copy.is_host_copy = True  # type: ignore[attr-defined]  # read below
             return copy
 
         def count_list(tensor: Tensor) -> Any:

@@ -285,7 +285,7 @@ def pool(at: Place, name: str, frames: int, side: int, dim: int) -> Case:
 
 
 # Long spans in max-min selection: candidates of a round, and how many it chooses in the worst case
-# that `tests/kernels/test_maxmin.py` counts, a video of 64 frames that stands still. Where
+# that `tests/kernels/test_maxmin.py` counts, a still video of 64 frames. Where
 # things move it is several times as many.
 CANDIDATES, CHOICES = 2048, 60
 

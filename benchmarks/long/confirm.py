@@ -161,7 +161,7 @@ def _ranked(group: Group, labels: Labels) -> list[str]:
 def first_methods(group: Group, labels: Labels, asked: Labels) -> list[str]:
     """Methods that were asked in both places, the best first; one of several with equal answers.
 
-    Of a reducer and the default that stands for it, the default.
+    Of a reducer and the default that chooses it, the default.
     """
     chosen: list[str] = []
     known: list[list[str]] = []

@@ -323,7 +323,7 @@ def qwen2_vl(
     ids
         Special tokens by their names in the configuration, such as `image_token_id`.
     vision
-        What the configuration of the tower has beside its usual values.
+        Values of the tower's configuration that differ from the usual ones.
     """
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 

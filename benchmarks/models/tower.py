@@ -367,8 +367,8 @@ def tower_rows(
 def _started(name: str, ratio: float, records: list[Record], facts: Record) -> Record:
     """The row that is stored, if it can go on here, or an empty one."""
     fresh: Record = {"case": name, "tower_ratio": ratio, "seconds": [], "choose_s": []}
-    own = {**fresh, **facts}
-    return next((r for r in records if _place(r) == _place(own)), fresh)
+    made = {**fresh, **facts}
+    return next((r for r in records if _place(r) == _place(made)), fresh)
 
 
 def _place(record: Record, alike: tuple[str, ...] = ("case", "tower_ratio", "machine")) -> Record:
@@ -381,7 +381,7 @@ def _place(record: Record, alike: tuple[str, ...] = ("case", "tower_ratio", "mac
 
 
 def compared(records: list[Record]) -> list[Record]:
-    """Rows with a tower stage beside the full tower that was measured in the same place.
+    """Rows with a tower stage, and the full tower that was measured in the same place.
 
     Returns
     -------

@@ -150,7 +150,7 @@ unseen splits. Which methods lose how much was asked of a longer training (2026-
 answers and weights were not stored, and again of this one, the same recipe, with stored answers.
 """
 METHODS = """Every method at its default options was asked the {count:,} examples of both test
-splits, of which the full model answers {full:.1f} % right. In brackets: 95 % intervals of the
+splits. The full model answers {full:.1f} % right. In brackets: 95 % intervals of the
 differences to the full model and to the default, in points. Methods that answer every example alike
 share a row: on single pictures, {methods} methods give {different} different sets of answers.
 {counts}

@@ -174,8 +174,8 @@ BELOW = f"""
   backgrounds. Nothing carries over to a 7B model: the decoder has 135 M parameters, and tower,
   projector and adapters have learned on pictures of this kind alone.
 - Things are a closed set of {len(NAMES)} nouns. {len(FURTHER) + 5} of them have two or three
-  photographs, of which the last is for test questions alone; of the others, tests show the
-  photograph of the training with other layouts, sizes and backgrounds. Backgrounds of validation
+  photographs, and the last is for test questions alone. Tests show the only photograph of another
+  noun with other layouts, sizes and backgrounds than the training. Backgrounds of validation
   and test never occur in training. There are no occlusions and no shadows.
 - One training with one seed, and few questions: intervals are wide.
 - The model takes no videos. It was asked about [clips](clip_answers.md) as several pictures, which
@@ -242,11 +242,11 @@ def overview(runs: Sequence[EvalRun]) -> str:
     def score(name: str) -> float:
         return -sum(found[name][r].mean("correct") for r in ratios if r in found[name])
 
-    own = [name for name in found if reducer(name) == default]
+    defaults = [name for name in found if reducer(name) == default]
     bases = [name for name in found if reducer(name) in BASELINES]
-    others = sorted((n for n in found if n not in (*own, *bases)), key=score)
+    others = sorted((n for n in found if n not in (*defaults, *bases)), key=score)
     best = list({reducer(n): n for n in reversed(others)}.values())  # one row per reducer
-    names = [*own, *sorted(best, key=score)[:OTHERS], *bases]
+    names = [*defaults, *sorted(best, key=score)[:OTHERS], *bases]
     rows = [["no compression", *([f"{runs[0].mean('correct'):.1%}"] * len(ratios))]]
     for name in names:
         cells = [found[name].get(r) for r in ratios]

@@ -101,7 +101,7 @@ def mean_retention(cells: list[np.ndarray], samples: list[np.ndarray]) -> np.nda
 def standing(
     groups: Sequence[tuple[Any, Sequence[Candidate]]],
 ) -> list[tuple[np.ndarray, list[float], float]]:
-    """Candidates over groups of results, each of which names them in its own way.
+    """Candidates over groups of results, whose names for them differ.
 
     Returns
     -------

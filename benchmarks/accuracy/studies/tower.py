@@ -367,7 +367,7 @@ def records(sets: Sets) -> list[dict[str, Any]]:
                     "minus_full_tower": gap.value,
                     "minus_low": gap.low,
                     "minus_high": gap.high,
-                    **{f: _mean([values[i] for i in own]) for f, own in _groups(entry).items()},
+                    **{f: _mean([values[i] for i in some]) for f, some in _groups(entry).items()},
                 }
             )
     return rows
@@ -401,7 +401,9 @@ def distances(path: Path) -> tuple[str, list[dict[str, Any]]]:
             lines.append([weights, tower, *(f"{share:.1%}" for share in shares)])
         for name, book in books.items():
             groups = _groups({"answers": book, "vivid": []})
-            families = {f: _mean([book.correct[key][i] for i in own]) for f, own in groups.items()}
+            families = {
+                f: _mean([book.correct[key][i] for i in some]) for f, some in groups.items()
+            }
             accuracy = {"accuracy": _mean(book.correct[key])}
             rows.append({"set": name, "weights": weights, "tower_ratio": float(tower)}
                         | accuracy | families)  # fmt: skip

@@ -425,7 +425,7 @@ def _table(
 
 OPTIONS = {
     "model": MODEL,
-    "weights": (None, "trained part; default: beside the model"),
+    "weights": (None, "trained part; default: in the folder of the model"),
     "items": (300, "questions per set"),
     "batch": 30,
     "split": ("test", "", ("validation", "test")),
