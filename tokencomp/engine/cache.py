@@ -66,6 +66,7 @@ def physical_length(layer: Any) -> int:
         return int(layer.cumulative_length)
     if getattr(layer, "_layer_type", None) == REFERENCE:
         return int(layer.prefill_cumulative_length + layer.cumulative_length)
+    # Their `keys` hold only the latest rows: those not yet quantized, or those in the window.
     if isinstance(layer, (QUANTIZED, DynamicSlidingWindowLayer)):
         return layer.cumulative_length
     keys = getattr(layer, "keys", None)
@@ -77,6 +78,7 @@ def stored(layer: Any, name: Literal["keys", "values"]) -> Tensor:
     rows: Tensor = getattr(layer, name)
     if not isinstance(layer, QUANTIZED):
         return rows
+    # All rows but the latest are quantized; a reordering by beam search may not have reached them.
     first: Tensor = layer._dequantize(getattr(layer, f"_quantized_{name}"))
     if getattr(layer, "_pending_beam_idx", None) is not None:
         first = first.index_select(0, layer._pending_beam_idx.to(first.device))
@@ -199,6 +201,8 @@ class CompressedLayer(CacheLayerMixin):
         UnsupportedCacheError
             Among the removed rows are media with dropped tokens, or merged tokens.
         """
+        # transformers >= 5.14 passes minus the number of removed tokens, older releases a length in
+        # columns.
         rows = self.rows + length if length <= 0 else length - self.row_map.dropped
         rows = min(max(rows, 0), self.rows)
         if self._cuts_media(rows):
@@ -215,6 +219,7 @@ class CompressedLayer(CacheLayerMixin):
             return False
         if weights is not None and bool((weights[:, rows:] > 1).any()):
             return True
+        # Dropped tokens are gaps in the columns of the removed rows, or right before them.
         first, real = max(rows - 1, 0), self.current_map.mask()
         wrong = columns[:, first:].diff(dim=1) != 1
         if rows > 0:  # tokens that were dropped before the first row that leaves remain dropped
@@ -290,6 +295,7 @@ class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
                 "that no longer holds the rows before them. Assisted decoding lets the cache "
                 "record them (activate_past_recording)."
             )
+        # Window 5 (limit 4), rows 4 … 9 recorded, cut to 8 rows: removed 2, slice 0:4, rows 4 … 7.
         kept = slice(max(held - removed - limit, 0), held - removed)
         self.keys, self.values = self.keys[..., kept, :], self.values[..., kept, :]
         self.cumulative_length = rows
@@ -348,6 +354,7 @@ class CompressedReferenceLayer(CompressedDynamicLayer):
         """Rows that a write of `query_length` returns, and entry of the first in the 2-D mask."""
         self.check_patch()
         plain: Any = self.plain
+        # transformers counts evicted rows as entries; dropped columns are entries, too.
         rows, evicted = plain.get_mask_sizes(self, query_length)
         return rows, evicted + self.row_map.dropped
 
@@ -484,6 +491,7 @@ def compress_layer(layer: Any, row_map: RowMap, starts_segment: bool) -> None:
         layer.note(row_map)
     else:
         layer.row_map = row_map
+    # The prompt length of an earlier turn is without the tokens that it dropped.
     if isinstance(layer, CompressedReferenceLayer):
         layer.shorten_prompt(row_map.dropped - before)
 

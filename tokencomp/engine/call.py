@@ -86,6 +86,7 @@ class Segment:
 
     def gap_within(self, rows: float) -> bool:
         """Whether a column may be missing among the last `rows` rows of any query."""
+        # Rows that decode steps have written since the last map are consecutive.
         known = self.past.columns
         missing = known is not None and self.past.rows - known.shape[1] < rows
         return self.new.columns is not None or missing
@@ -108,6 +109,8 @@ class Segment:
         """Positions (B, n) that count real rows; x is (B, n, d)."""
         if mask is None:
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        # Two real cached rows and mask 0 1 1: counts -1 0 1, then 1 2 3; nothing reads that of
+        # padding.
         counts, before = mask.long().cumsum(1) - 1, self.past.mask(x.device)
         counts += self.past.rows if before is None else before.sum(1, keepdim=True)
         return counts.clamp(min=0)
@@ -142,6 +145,7 @@ def build_segments(
         if isinstance(layer, CompressedLayer):
             past = layer.current_map
         else:
+            # Not compressed: row i is column i, and the caller knows its padding.
             past = RowMap(0 if layer is None else physical_length(layer))
             if mask is not None and past.rows:
                 real = mask[:, : past.rows].bool()
@@ -367,6 +371,8 @@ class Call:
         weights = segment.weights(batch, device)
         if weights is None:
             return torch.ones(batch, keys, device=device)
+        # gone > 0: a window has lost the first rows, or later chunks have not run; < 0: a static
+        # cache.
         gone = weights.shape[1] - keys
         if gone > 0 and self.chunk is None and layer_type.name in self.layer_types.sizes:
             return weights[:, gone:]
@@ -399,11 +405,14 @@ class Call:
             return memory
         row_map, device, batch = layer.row_map, layer.device, len(self.spans)
         past, last = self.segments[0].past, self.segments[-1].new
+        # The row of every column of this call, -1 where none is held.
         columns = row_map.all_columns(batch, device)[:, past.rows :] - past.length
         real = row_map.mask(device)
         real = None if real is None else real[:, past.rows :]
         numbers = torch.arange(past.rows, row_map.rows, device=device)
         rows = by_column(numbers, columns, real, self.width)
+        # The first layer holds rows that a stage between layers drops; the last segment has what is
+        # left.
         if len(self.segments) > 1:
             columns, real = last.all_columns(batch, device), last.mask(device)
             rows = rows.masked_fill(by_column(columns, columns, real, self.width) < 0, -1)
@@ -419,6 +428,8 @@ class Call:
         past = self.segments[0].past
         if past.starts is not None or not self.spans:
             return past.starts
+        # An earlier text turn without a compressed cache: as many padding columns as its mask
+        # begins with.
         if past.rows:
             real = past.mask()
             return None if real is None else (real.cumsum(1) == 0).sum(1)
@@ -430,6 +441,7 @@ def by_column(values: Tensor, columns: Tensor, real: Tensor | None, width: int) 
 
     `columns` (B, n) are those of the rows, and `real` (B, n) is False at padding rows.
     """
+    # Padding rows write to the column `width`, which is cut off.
     if real is not None:
         columns = columns.masked_fill(~real, width)
     table = columns.new_full((len(columns), width + 1), -1)

@@ -59,6 +59,8 @@ def _capture(
     **kwargs: Any,
 ) -> Any:
     """Attention backend that ends the call with its arguments."""
+    # Scores are softmax(scaling · q·k): anything else would rank by other attention than the
+    # model's.
     other = [name for name in OTHER_LOGITS if kwargs.get(name) is not None]
     if other:
         raise UnsupportedModelError(
@@ -94,6 +96,7 @@ class Past:
 def unwrapped(module: Any) -> Any:
     """The module inside wrappers of activation checkpointing and torch.compile."""
     names = ("_checkpoint_wrapped_module", "_orig_mod")
+    # Wrappers can be nested: torch.compile around a checkpointed layer.
     while inner := [module._modules[name] for name in names if name in module._modules]:
         module = inner[0]
     return module
@@ -161,6 +164,7 @@ def capture_qk(
     compat.register_attention(NAME, _capture)
     outer = unwrapped(root)
     name, attn = _named_attention(outer)
+    # Shallow: weights are shared, and neither the module nor its config changes for other threads.
     run = clone = shallow_copy(attn)
     clone.config = AttributeView(attn.config, _attn_implementation=NAME)
     if name:
@@ -177,6 +181,7 @@ def capture_qk(
         call[CHOICE] = hidden.new_zeros(1, 1, 1, dtype=torch.int32)
     if SHARED in parameters:  # a copy: the layer may write to it for later layers
         call[SHARED] = dict(arguments.get(SHARED) or {})
+    # Modules without **kwargs raise for arguments that only other layers take.
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         call = {name: value for name, value in call.items() if name in parameters}
     # Functions become attributes: torch's FLOP counter expects only modules in `_modules`.
@@ -187,6 +192,7 @@ def capture_qk(
         type(run).forward(run, hidden_states=hidden, **call)
     except Captured as captured:
         captured.attn = attn
+        # q_proj ran for some rows; norms and RoPE ran for all. Keep the voting ones.
         if rows is not None:
             (captured.query,) = gather_rows([captured.query], rows[0], 2, 0, trusted=True)
         return captured.with_traceback(None)  # frames would keep all tensors of the call
@@ -230,6 +236,7 @@ def gather_heads(attn: Any, x: Tensor, dim: int) -> Tensor:
             f"{type(attn).__name__} does not say how many heads it has "
             f"(config.num_attention_heads), so its attention cannot be scored. {FIX}"
         )
+    # One process, or tensor parallelism that copies the heads.
     if heads == total:
         return x
     group = tensor_parallel_group(attn)
@@ -255,6 +262,7 @@ def tensor_parallel_group(attn: Any) -> Any:
     # LoRA wraps the linear layer.
     for module in (m for outer in projections if outer is not None for m in outer.modules()):
         weight = getattr(module, "weight", None)
+        # DTensors know their mesh; older releases store it on the module.
         mesh = getattr(weight, "device_mesh", None) or getattr(module, "_hf_device_mesh", None)
         if mesh is None:
             continue

@@ -152,6 +152,7 @@ def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
     only += [f"{name} is served at entry only, because {why}" for why in _entry_only(decoder)]
     if only:
         raise PlanError(f"stages at layers {layers}: {only[0]}. {FIX}")
+    # Layers that share the selection of an indexer read it by row number.
     choosers = list(getattr(decoder.config, "indexer_types", None) or ())
     follow = [layer for layer in layers if choosers[layer : layer + 1] == ["shared"]]
     if follow:
@@ -161,6 +162,7 @@ def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
             'rows. Choose layers whose entry in indexer_types of the config is "full", or a '
             "reducer that acts at entry."
         )
+    # Layers that reuse keys of an earlier layer (Gemma 3n, Gemma 4) must hold the same rows.
     modes = compat.kv_sharing_modes(decoder.config)
     shared = any(str(mode).startswith("reuse") for mode in modes)
     last = modes.index("store") if shared else len(decoder.layers)
@@ -209,6 +211,7 @@ def _scored_layer(layer_types: LayerTypes, plan: Plan, stage: int) -> int:
         No layer before the stage has attention.
     """
     types = layer_types.types
+    # Layers since the previous stage see the same rows as this stage.
     previous = max((s.layer for s in plan.stages if s.layer < stage), default=0)
     for first in (previous, 0):
         scoring = [i for i in range(first, stage) if types[i].attends]
@@ -325,6 +328,7 @@ def check_cache(cache: Any, between_layers: bool = False) -> None:
             f"{type(cache).__name__}: continuous batching and legacy caches hold rows that cannot "
             "differ per layer. Use generate() with a DynamicCache (the default)."
         )
+    # A cache without layers yet makes them of this class.
     replicate = getattr(cache, "layer_class_to_replicate", None)
     kinds = {getattr(layer, "plain", type(layer)) for layer in layers}
     kinds |= {replicate} if replicate else set()

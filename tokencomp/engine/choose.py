@@ -59,6 +59,7 @@ def enter(call: Call, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Ten
         call.scores = StageScores(call.adapter.layers)
         if any(s.rows == "raters" for s in signals):
             call.scores.raters = rater_weights(x, call.map)
+    # A stage at entry that scores by attention reads queries and keys of layer 0.
     stage, arguments = call.plan.entry, {}
     if stage is not None and any(s in stage.needs for s in signals):
         tables = call.adapter.rotary_tables(x, positions, layer=0)
@@ -136,6 +137,7 @@ def choose(call: Call, stage: Stage, x: Tensor) -> tuple[list[list[int]], Chosen
     """
     counts, cuts = _cuts(call, stage)
     scores = texts = None
+    # Scores serve one stage, and go even if no span loses a token.
     if call.scores is not None:
         scores = call.scores.spans.pop(stage.layer, None)
         texts = call.scores.texts.pop(stage.layer, None)
@@ -166,6 +168,7 @@ def _cuts(call: Call, stage: Stage) -> tuple[list[list[int]], list[Cut]]:
                 continue  # no need for a reducer
             fraction = stage.fraction_of(span.modality, call.shares[b][j])
             cut = Cut.of(span, kept.count, visual, fraction, ends, (b, j))
+            # The last token of a question predicts the answer, and stays at any ratio.
             if cut.keep > counts[b][j]:  # the last token of a question
                 counts[b][j], call.counts[b][j][order] = cut.keep, 1
             cuts.append(cut)
@@ -196,6 +199,7 @@ def patches_of(
     row_map, flat, numbers = call.map, x.flatten(0, 1), None
     tables, adjacent = _host_tables(row_map, cuts, scores)
     moved = move_tables(tables, x.device)
+    # Neighbouring rows, as of one image in a batch of one, are a view and no copy.
     features = flat.index_select(0, moved["rows"]) if adjacent is None else flat[adjacent]
     values: dict[str | TowerSignal, Tensor] = {}
     if row_map.weights is not None:
@@ -205,6 +209,7 @@ def patches_of(
         values["scores"] = scores.index_select(0, moved["scored"]) if "scored" in moved else scores
     if row_map.columns is not None and "shift" in moved:
         numbers = row_map.columns.flatten().index_select(0, moved["rows"]) + moved["shift"]
+    # The tower has a value for every token of the uncompressed span.
     for signal in (s for s in stage.needs if isinstance(s, TowerSignal)):
         by_span = [call.tower_signals[signal][b][j] for b, j in (cut.span_id for cut in cuts)]
         every = torch.cat(by_span).to(x.device)  # of the uncompressed spans
@@ -226,6 +231,7 @@ def _host_tables(
     lengths = [kept.count for kept in spans]
     stop = starts[-1] + lengths[-1]
     adjacent = slice(starts[0], stop) if stop - starts[0] == sum(lengths) else None
+    # Whether an earlier stage has dropped tokens, so that token i is not patch i of its span.
     missing = row_map.columns is not None and any(not kept.whole for kept in spans)
     tables: dict[str, Any] = {}
     if adjacent is None or missing or row_map.weights is not None:

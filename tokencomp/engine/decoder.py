@@ -163,6 +163,7 @@ class DecoderHooks(CallHooks):
     def _enter(self, module: nn.Module, arguments: dict[str, Any]) -> Any:
         """Arguments of a decoder call; None if they do not change."""
         noted, cache = self.calls.state.noted, compat.get_cache(arguments)
+        # `modalities` are on the CPU, so that this waits for no device.
         try:
             media = noted.modalities is not None and noted.modalities.numpy().any()
         except RuntimeError:  # a tensor without values
@@ -173,8 +174,10 @@ class DecoderHooks(CallHooks):
             return self._compress(module, arguments, cache, self.calls.state)
         if not noted.in_body and self.compresses() and begins_prompt(arguments):
             self._featureless.meet(arguments)  # the decoder was called without the body
+        # Features that were encoded under an earlier tower stage can lack tokens.
         if self.tower.had_stage:
             refuse_missing(self.adapter, arguments, noted)
+        # Media that no stage sees: `delta` must not compare later pictures with older ones.
         apart = noted.apart if noted.in_body else media_apart(self.adapter, arguments)
         if apart:
             forget(cache, apart)
@@ -216,6 +219,7 @@ class DecoderHooks(CallHooks):
         if columns is not None:
             gather_arguments(arguments, columns, kept, call.width)
         set_arguments(call, arguments, x, positions, kept)
+        # Only logits of the text after the last picture: every stage keeps these rows in place.
         whole = len(call.segments) > 1 or not 0 < noted.logits <= call.tail
         if whole and "logits_to_keep" in arguments:
             # Decoders with shared keys (Gemma 4) would return only these rows.
@@ -280,6 +284,7 @@ class DecoderHooks(CallHooks):
         if cache is not call.cache:  # the decoder has made it
             check_cache(cache, bool(call.plan.layer_stages))
         layer = note_prompt(call, cache, self._owner)
+        # A chunked prefill: the states of its earlier chunks precede those of the last.
         if call.earlier:
             out = whole_output(out, call.earlier)
         self.stats = stats = Stats.of_call(call, layer)
@@ -309,6 +314,7 @@ def set_arguments(
             mask = None  # padding is separated like one more packed prompt
     arguments["inputs_embeds"] = x
     if not call.by_column:
+        # positions="compact": kept rows are counted.
         if rows.packed:  # they restart at every prompt
             positions = text_positions(rows, x.device).expand(x.shape[0], -1)
         else:
@@ -342,6 +348,8 @@ def _set_positions(call: Call, arguments: MutableMapping[str, Any], positions: T
         text = text.expand(positions.shape[1], -1)[None]
         arguments["position_ids"] = torch.cat([text, positions])
         return False
+    # Layers that read positions themselves get the original ones, and a mask, so that transformers
+    # takes no gap for the start of a packed prompt.
     flash = "flash" in compat.attention_implementation(adapter.text_config)
     if adapter.layers_read_positions and not flash and not call.map.packed:
         arguments["position_ids"] = positions

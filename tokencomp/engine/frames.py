@@ -34,12 +34,16 @@ def frames_before(call: Call, x: Tensor) -> list[list[Tensor | None]]:
         frames, part, item = [], 0, None
         for kept in call.map.spans[b]:
             span = kept.span
+            # Tiles of one picture are compared tile by tile: part 2 with part 2 of the picture
+            # before.
             part, item = (part + 1 if span.item == item else 0), span.item
             _, h, w = span.grid
             key = (FRAMES, span.modality, h, w, part)
             if key not in latest:
                 latest[key] = known[key].known() if key in known else None
             frames.append(latest[key])
+            # The tower has dropped tokens, or no grid: later pictures have nothing to be compared
+            # with.
             if not (kept.whole and span.grid_known):
                 unknown.add(span.modality)
                 latest[key] = None

@@ -69,6 +69,7 @@ def _gathered(value: Any, columns: Tensor, width: int) -> Any:
     from tokencomp.kernels import gather_rows
 
     if isinstance(value, Tensor):
+        # Scalars, tables and states have no axis of columns.
         if value.ndim < 2 or value.shape[1] != width or value.shape[0] not in (1, len(columns)):
             return value
         return gather_rows([value], columns.to(value.device))[0]
@@ -86,6 +87,7 @@ def _gather_deepstack(
 
     mask: Tensor = kwargs[mask_name].to(columns.device)  # (B, L), or (B, L, d) with equal columns
     flat = mask if mask.ndim == 2 else mask[..., 0]
+    # mask 0 1 1 0 1: numbers -1 0 1 1 2; that of a visual column is the row of its features.
     number = flat.flatten().cumsum(0).view_as(flat) - 1
     kwargs[mask_name], kept, number = gather_rows([mask, flat, number], columns)
 
@@ -126,6 +128,7 @@ def text_positions(row_map: RowMap, device: torch.device) -> Tensor:
 
 def sequence_lengths(row_map: RowMap, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The `cu_seq_lens_*` and `max_length_*` arguments among `kwargs`, for the rows of a map."""
+    # One padding row and prompts of three and two rows: edges 0 1 4 6.
     edges = [0]
     for b in range(len(row_map.prompts)):
         edges += [b * row_map.rows + stop for stop in bounds(row_map, b)[1:]]
@@ -223,6 +226,7 @@ def _full_state(x: Tensor, row_map: RowMap, width: int) -> Tensor:
     """`restore`, also for S streams of hidden states: (S, B, n, d) or (B, n, S, d)."""
     if row_map.columns is None or x.ndim == 3:
         return restore(x, row_map, width)
+    # Streams precede the samples here, and follow the rows below.
     if x.shape[:2] != (len(row_map.lengths), row_map.rows):
         return torch.stack([restore(stream, row_map, width) for stream in x])
     whole: Tensor = restore(x.flatten(2), row_map, width).unflatten(2, x.shape[2:])
@@ -257,9 +261,11 @@ def restore_maps(maps: Any, call: Call, layers: Sequence[Any]) -> Any:
     layer holds, as without a patch.
     """
     width, layer_types, full = call.width, call.layer_types, []
+    # Qwen3.5 returns maps of its attention layers alone, other decoders one entry per layer.
     numbers = [i for i, layer_type in enumerate(layer_types.types) if layer_type.attends]
     if len(maps) != len(numbers):
         numbers = [*range(len(maps))]
+    # Only a sliding cache returns fewer keys than the sequence has.
     cut = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers)
     for i, weights in zip(numbers, maps, strict=True):
         segment = call.segment_of[i]

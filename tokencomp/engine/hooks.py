@@ -48,6 +48,7 @@ from tokencomp.torchlib import compat
 from tokencomp.torchlib.hooks import forget_compiled
 from tokencomp.torchlib.replace import MethodReplacement
 
+# One gate per model for all of its patches, one after the other; weak, so that models can be freed.
 _GATES: WeakKeyDictionary[nn.Module, CallGate] = WeakKeyDictionary()
 _CREATING = threading.Lock()
 
@@ -158,6 +159,8 @@ class Hooks(CallHooks):
     def change(self, plan: Plan) -> None:
         """Replace the plan; no call may be running."""
         self.decoder.change(plan)
+        # No stage is left; or hooks are installed, and only those of stages change; or the first
+        # stages.
         if not self._needed():
             self.remove()
         elif self._handles:
@@ -191,6 +194,7 @@ class Hooks(CallHooks):
         """Remove all hooks, while no call is running; safe to call twice."""
         if not self._handles:
             return
+        # First of all: compressed caches raise from here on, also if a removal below fails.
         self._owner.active = False
         super().remove()
         for part in reversed(self._parts):
@@ -217,6 +221,7 @@ class Hooks(CallHooks):
                     f"{tuple(embeds.shape)}: expected one number per column, "
                     f"{tuple(embeds.shape[:2])}."
                 )
+        # `generate` takes ids by two names and as its first argument.
         ids = [kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1]]
         arguments = {**kwargs, "input_ids": next((x for x in ids if x is not None), None)}
         shown = [arguments.get(name) for name in ("inputs_embeds", "input_ids")]
@@ -289,6 +294,7 @@ class Hooks(CallHooks):
     def _note_call(self, arguments: dict[str, Any], noted: Noted) -> None:
         """Note the labels, and which logits the call must return."""
         keep, labels = arguments.get("logits_to_keep", 0), arguments.get("labels")
+        # A loss reads the logits of all columns, and a tensor of indices can name any of them.
         if labels is not None or not isinstance(keep, int):
             keep = 0
         noted.grad = torch.is_grad_enabled()
@@ -301,6 +307,8 @@ class Hooks(CallHooks):
         noted.in_body, noted.mask = True, arguments.get("attention_mask")
         noted.inputs = noted.modalities = None
         noted.apart = frozenset()
+        # At ratio 0 or in `disabled()` media enter whole, and `delta` cannot compare later ones
+        # with them.
         if not self.decoder.compresses():
             noted.inputs, noted.apart = arguments, media_apart(self.adapter, arguments)
             return
@@ -314,6 +322,7 @@ class Hooks(CallHooks):
             noted.grad = torch.is_grad_enabled()
             noted.inputs, noted.modalities = arguments, modalities.cpu()
             return
+        # Embeddings without types: any modality may be among them.
         if arguments.get("input_ids") is None:
             noted.apart = ANY
         if begins_prompt(arguments):

@@ -94,6 +94,7 @@ class LaterTokens:
         if _weighted([first] if static else layers):
             weighing = self._carrier(x, masked=static or not single)
         widens = weighing is not None and weighing.numbers is None
+        # The decode step of compiled graphs: no host read, constant shapes.
         if single and static and not widens:
             self._static_step(kwargs, first, weighing)
             return
@@ -103,6 +104,7 @@ class LaterTokens:
         if rows and positions is not None and positions.ndim == 3 and len(positions) > rows:
             kwargs["position_ids"] = positions[-rows:]
         numbers = None if weighing is None else weighing.numbers
+        # From the cheapest case to the general one, see the table above.
         sees_all = single and self._attends_to_all(layers, first)
         if sees_all and weighing is None:
             kwargs["attention_mask"] = None
@@ -165,6 +167,7 @@ class LaterTokens:
             mask, prepared = read_mask(kwargs, first, self.calls.state.noted.mask)
             real = None if mask is None else mask[:, -n:].bool()
             real = None if real is None or bool(real.all()) else real
+        # An empty plan: these tokens are not compressed, and cache layers say where segments start.
         new = RowMap(n, real=real)
         segments = build_segments(Plan(), len(layers), layers, mask=None, new=new)
         call = Call(
@@ -224,6 +227,7 @@ def begins_prompt(inputs: Mapping[str, Any]) -> bool:
     False for continuous batching, which mixes prompts and later tokens in a call; and for a single
     token on a static cache, whose length is not read from the device.
     """
+    # No cache, so that every call is a whole sequence.
     cache = compat.get_cache(inputs)
     if cache is None:
         return True
@@ -276,6 +280,7 @@ class ChunkedPrefill(Hooked):
         # transformers raises for chunks without a cache
         if not (media and self.active()) or compat.get_cache(model_kwargs) is None:
             return original(generation_config, model_kwargs, *args, **kwargs)
+        # One pass for transformers; `DecoderHooks._run_chunks` cuts it after the entry stage.
         whole = copy.copy(generation_config)
         whole.prefill_chunk_size = None
         noted = self.calls.state.noted
@@ -313,10 +318,12 @@ def chunk_arguments(kwargs: dict[str, Any], start: int, stop: int) -> dict[str, 
     batch, width = x.shape[:2]
     chunk["inputs_embeds"] = x[:, start:stop]
     chunk["position_ids"] = kwargs["position_ids"][..., start:stop]
+    # Keys of earlier turns, earlier chunks and this chunk.
     if mask is not None:
         chunk["attention_mask"] = mask[:, : mask.shape[1] - (width - stop)]
     if kwargs.get("cache_position") is not None:
         chunk["cache_position"] = kwargs["cache_position"][start:stop]
+    # Per-layer inputs and deepstack features of these rows.
     index = torch.arange(start, stop, device=x.device).expand(batch, -1)
     gather_arguments(chunk, index, None, width)
     return chunk

@@ -123,6 +123,10 @@ class Reference(LayerType):
     def mask(self, masks: Any, segment: Any, x: Tensor, text: Tensor | None) -> Any:
         if not segment.past.rows:
             return super().mask(masks, segment, x, text)
+        # Prompt of 4 rows, window 3, five later rows (4 … 8), one new row (9). Evicted: 4 5 6.
+        # Held:
+        #     0 1 2 3 | 7 8 | 9     the new row sees the prompt and 7 8 9
+        # Keys 0 … 3 are real prompt rows; padding rows among them are hidden below.
         layer = segment.cached
         evicted = max(layer.cumulative_length - layer.sliding_window + 1, 0)
         rows = torch.arange(segment.past.rows + x.shape[1], device=x.device)
@@ -281,9 +285,11 @@ def _layer_types(
 
 def _size(config: Any, layer_type: LayerType) -> int | None:
     """The common size of all windows of a type; None: the config gives none."""
+    # Configs of Qwen2 have a window size, and a switch that is off.
     if layer_type is SLIDING and getattr(config, "use_sliding_window", True) is False:
         return None
     field = str(layer_type.window_field)
+    # Masks are made once per layer type, with one window size.
     found: set[int] = {size for size in compat.layer_values(config, field) if size}
     if len(found) > 1:
         sizes = ", ".join(map(str, sorted(found)))
@@ -301,6 +307,7 @@ def _refuse_types(decoder: Any, types: Sequence[str]) -> None:
         value = max(values, default=0)
         if value <= 1:
             continue
+        # The field alone says nothing: only layers of this type choose blocks.
         if name == "index_block_size" and BLOCKS not in types:
             continue
         raise RowIndexedAttentionError(

@@ -104,6 +104,7 @@ class LayerHooks(CallHooks):
             return None
         if state.noted.grad:
             refuse_recomputation(self.adapter.decoder, "the stages between layers")
+        # Decoders that pass masks and tables by place instead of by name.
         if len(args) > 1:
             args, kwargs = args[:1], compat.bind(module, args, kwargs)
             kwargs.pop("hidden_states", None)
@@ -159,6 +160,7 @@ def _begin_segment(call: Call, segment: Segment, hidden: Tensor, kwargs: dict[st
         tensors, dims = [hidden, index, *parts], [1, 1] + [-2] * len(parts)
         hidden, segment.index, *parts = run_stage(call, segment.stage, tensors, dims, arguments)
         segment.tables[layer_type] = parts
+    # Later tokens have no spans: their rows are the same in every segment.
     if call.spans:
         segment.new = call.map
     if call.segments[0].new.packed:  # a stage moves prompts, and removes none
@@ -291,6 +293,7 @@ class RelativePositions(Hooked):
         columns = self._columns(i, hidden.shape[0], hidden.device)
         if columns is None:
             return None
+        # The last columns: a sliding cache holds only the last keys.
         queries, keys = columns[:, -distance.shape[0] :], columns[:, -distance.shape[1] :]
         return (), {**kwargs, DISTANCE: (queries[:, :, None] - keys[:, None])[:, None]}
 
@@ -306,5 +309,6 @@ class RelativePositions(Hooked):
         if columns is None:
             return original(states, query_positions, key_positions)
         queries, keys = (columns[:, -len(p) :] for p in (query_positions, key_positions))
+        # Columns differ by sample, and the module takes one row of positions.
         samples = zip(states.split(1), queries, keys, strict=True)
         return torch.cat([original(*sample) for sample in samples])

@@ -92,6 +92,7 @@ class Masks:
         """
         types, first = self.call.layer_types, self.call.segments[0]
         wrong = self.call.prepared is not None or self._adds_weights(first)
+        # Which layer types have an exceeded window, whose mask transformers would count in rows.
         if not wrong and not types.all_full:
             length = self.call.length_after()
             past_window = {t: length > types.sizes.get(t.name, length) for t in types.types}
@@ -203,6 +204,7 @@ class Masks:
         query sees all keys.
         """
         past = segment.past
+        # The whole sequence fits into the window.
         if past.length + self.call.width <= size:
             return None
         # Column of every row, and first real column of every sample; with compact positions rows.
@@ -282,6 +284,8 @@ def read_mask(
     mask = arguments.get("attention_mask")
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         return mask, None
+    # A mask that the caller gave as 2-D and the body has expanded lets image tokens see each other;
+    # one that the caller prepared (static caches) hides padding only.
     by_body = isinstance(mask, Mapping) or _dense(mask)
     if not by_body or isinstance(body_mask, Mapping) or getattr(body_mask, "ndim", 2) != 2:
         queries = arguments["inputs_embeds"].shape[1]

@@ -86,9 +86,11 @@ class Entered:
         before
             What was shown of its key.
         """
+        # (frames, places): the column of every patch, then its row.
         numbers = torch.from_numpy(self.columns).to(rows.device)
         # Rows ascend with the frames, so that the largest is in the last frame that is held.
         newest, frame = rows[numbers].max(0)
+        # Signals of whole frames: a frame counts as shown while its last row is held.
         if self.span is not None:
             newest = torch.where(newest < 0, rows[slice(*self.span)].max(), newest)
         if isinstance(self.values, Tensor):
@@ -97,6 +99,7 @@ class Entered:
         values = self.values(frame * places + torch.arange(places, device=rows.device)).detach()
         if before is None:
             return Shown(values, newest)
+        # Places that this picture does not show keep what an earlier one showed.
         new, held = newest >= 0, (newest >= 0).to(values.device)
         values = torch.where(held[:, None], values, before.values.to(values.device))
         return Shown(values, torch.where(new, newest, before.rows.to(rows.device)))
@@ -158,6 +161,7 @@ class Memory:
 
         def moved(shown: Shown) -> Shown:
             kept = rows.to(shown.rows.device)
+            # Rows 3 5 6 kept of 0 … 6: row 5 becomes row 1, and row 4 is no longer held (-1).
             number = torch.searchsorted(kept, shown.rows).clamp(max=len(kept) - 1)
             return Shown(shown.values, torch.where(kept[number] == shown.rows, number, -1))
 

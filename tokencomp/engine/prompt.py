@@ -60,6 +60,7 @@ def read_prompt(
     """
     modalities, x = noted.modalities, arguments["inputs_embeds"]
     assert modalities is not None
+    # `modalities` are of the caller's columns: other code may have dropped tokens in between.
     if x.shape[:2] != modalities.shape:
         raise _shortened(adapter, x.shape, modalities.shape)
     past = int(cache.get_seq_length()) if cache is not None else 0
@@ -103,6 +104,7 @@ def _map(
     if mask is None and past == 0:  # otherwise transformers does not infer packed prompts
         starts = packed_starts(None if text is None else text.cpu())
         starts = starts or starts_from_lengths(arguments.get("cu_seq_lens_q"), *shape)
+    # How many last columns are drafts or the answer so far: these do not vote on what is kept.
     if noted.columns is None:
         # `logits_to_keep` longer than the text at the end includes visual columns, so it does not
         # count draft tokens.
@@ -111,6 +113,7 @@ def _map(
     else:
         generated = max(0, past + shape[1] - noted.columns)
     prompts = build_prompts(real, spans, starts, noted.labels, generated)
+    # Left-padded, or without padding: rows are columns. Else real columns move to the right end.
     left_padded = (np.diff(real.numpy().astype(np.int8), axis=1) >= 0).all()
     if left_padded:
         return RowMap.of_prompt(shape[1], real.numpy().sum(1).tolist(), spans, prompts)
@@ -127,6 +130,7 @@ def read_positions(
     """
     x, positions = arguments["inputs_embeds"], arguments.get("position_ids")
     batch, n = x.shape[:2]
+    # As transformers counts without positions: on from the length of the cache.
     if positions is None:
         ids = torch.arange(past, past + n, device=x.device)[None]
         return ids.expand(*((adapter.mrope_rows,) if adapter.mrope else ()), batch, -1), None
@@ -166,6 +170,7 @@ def aligned_map(real: Tensor, spans: list[list[VisualSpan]], prompts: list[list[
     """
     columns = [row.nonzero()[:, 0] for row in real]
     width = max(c.numel() for c in columns)
+    # Real columns 0 1 3 of a sample in a batch whose longest has 4: shift 1, rows · 0 1 3.
     shifts = [width - c.numel() for c in columns]
     # row_of[b][c]: row of the first real token from column c on
     ends = nn.functional.pad(real.long().cumsum(1), (1, 0))
@@ -221,6 +226,7 @@ def build_prompts(
     for b, row in enumerate(real.numpy()):
         columns = np.flatnonzero(row)
         first, stop = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
+        # Starts of packed prompts inside of the real columns; without any, one prompt.
         bounds = [first, *(s for s in (starts[b] if starts else ()) if first < s < stop), stop]
         prompts = []
         for begin, end in itertools.pairwise(bounds):
@@ -239,6 +245,7 @@ def answer_start(labels: Tensor, start: int, stop: int) -> int:
     trained = (labels[start:stop] != IGNORED).nonzero()[:, 0]
     if not trained.numel():
         return stop
+    # Labels · 5 6 · · 7 8 (· is untrained): two answers, the last begins at column 5.
     gaps = (trained.diff() != 1).nonzero()[:, 0]
     return start + int(trained[int(gaps[-1]) + 1] if gaps.numel() else trained[0])
 
@@ -250,6 +257,7 @@ def packed_starts(text_positions: Tensor | None) -> list[list[int]] | None:
     """
     if text_positions is None:
         return None
+    # Positions 0 1 2 0 1: a break before column 3, where the second prompt starts.
     breaks = text_positions.diff(dim=-1) != 1
     if not bool(breaks.any()):
         return None
@@ -260,6 +268,7 @@ def starts_from_lengths(cumulative: Any, batch: int, width: int) -> list[list[in
     """First columns of packed prompts from `cu_seq_lens_q` (prompts + 1,), over all rows."""
     if cumulative is None:
         return None
+    # Bounds 0 3 8 12 over two rows of 8 columns: starts 0 and 3 in row 0, 0 and 4 in row 1.
     bounds = torch.as_tensor(cumulative).tolist()
     rows = [
         [c - b * width for c in bounds if b * width <= c < (b + 1) * width] for b in range(batch)

@@ -144,8 +144,10 @@ class RowMap:
         if real is None:
             if all(n == self.rows for n in self.lengths):
                 return None
+            # Lengths 4 and 5 of 5 rows: · x x x x and x x x x x.
             first = self.rows - np.asarray(self.lengths)
             real = torch.from_numpy(np.arange(self.rows)[None] >= first[:, None])
+        # Rows written since the map was stored are real.
         if real.shape[1] < self.rows:
             real = nn.functional.pad(real, (0, self.rows - real.shape[1]), value=True)
         self.real = real if device is None else real.to(device)
@@ -295,6 +297,7 @@ class RowMap:
             (old.start, old.count - new.count) for old, new in zip(spans, after, strict=True)
         ]
         prompts = []
+        # An edge moves right by the change of padding, and left by the tokens dropped before it.
         for p in self.prompts[sample]:
             edges = (p.start, p.stop, p.question_stop)
             gone = [sum(n for start, n in removed if start < edge) for edge in edges]
@@ -307,8 +310,10 @@ class RowMap:
         if self.weights is None:
             weights = torch.ones(index.shape, device=index.device)
         else:
+            # `index` is 0 at padding rows, which gathers the weight of row 0.
             weights, mask = self.weights.gather(1, index), new.mask(index.device)
             weights = weights if mask is None else weights.masked_fill(~mask, 1.0)
+        # Merged rows have the weights that the reducer returns; they contain those before.
         if kept is not None and kept.weights is not None and flat is not None:
             weights.view(-1).index_copy_(0, flat, kept.weights.to(weights))
         return weights
@@ -410,6 +415,7 @@ def text_values(values: Tensor, row_map: RowMap) -> list[list[Tensor]]:
     for b, prompts in enumerate(row_map.prompts):
         for text in (row_map.question_text(b, prompt) for prompt in prompts):
             stops += [b * row_map.rows + text.start, b * row_map.rows + text.stop]
+    # stops 3 5 9 12 of two prompts: parts [0:3] [3:5] [5:9] [9:12] [12:], of text every second one.
     sizes = np.diff(stops, prepend=0, append=len(row_map.prompts) * row_map.rows)
     texts = iter(values.flatten(0, 1).split(sizes.tolist())[1::2])  # one split for all prompts
     return [[next(texts) for _ in prompts] for prompts in row_map.prompts]
@@ -421,6 +427,7 @@ def kept_values(values: Tensor, before: RowMap, after: RowMap, index: Tensor) ->
     `values` has one entry per visual token of `before`; `index` (B, rows of `after`) is the row
     of `before` of every row of `after`.
     """
+    # Spread over the rows of `before`, gather those of `after`, read the visual ones.
     table = values.new_zeros(index.shape[0] * before.rows)
     table[visual_rows(before, values.device)] = values
     left = table.view(-1, before.rows).gather(1, index).flatten()

@@ -105,6 +105,7 @@ class StageScores:
         if signal.iterations > 1 or (ran is not None and keys is None):
             past = RowMap(0)  # PageRank needs a query for every key
         arguments = {name: a for name, a in arguments.items() if name not in LEFT_OUT}
+        # Lengths of keys in place of votes (DART).
         if signal.rows == "none":
             lengths = _key_lengths(root, x, arguments)
             self.texts[stage] = text_values(lengths, row_map)
@@ -283,6 +284,12 @@ def _votes(row_map: RowMap, signal_rows: str) -> Votes:
             spans, stop = row_map.spans_of(b, prompt), prompt.question_stop
             if not spans:
                 continue
+            # Worked example, t text and v visual:
+            #     row     0  1  2  3  4  5  6
+            #             t  v  v  t  v  t  t      text that votes: 3 5 6
+            # All three rows vote on span 1-2. On span 4 rows 5 and 6 vote (`later` is 2): row 3
+            # does not see
+            # it, and its column sum there gains 0.
             ends = [*(span.start for span in spans[1:]), stop]
             text = [r for span, end in zip(spans, ends, strict=True) for r in range(span.stop, end)]
             if signal_rows == "raters":
@@ -291,12 +298,15 @@ def _votes(row_map: RowMap, signal_rows: str) -> Votes:
             seen = set[str]()
             for span in spans:
                 later = len(text) - bisect.bisect_left(text, span.start)
+                # No text after the span (the question came first): the last row of the prompt
+                # votes.
                 silent = signal_rows in ("text", "raters") and not later
                 name = "last" if silent else signal_rows
                 voting = votes.get(name, text)
                 lines = passes.setdefault(name, [[] for _ in row_map.prompts])
                 lines[b] += voting if name not in seen else []
                 seen.add(name)
+                # Sums are (passes · B, rows): the line of this pass and sample.
                 line = list(passes).index(name) * batch + b
                 places.append(np.arange(span.start, span.stop) + line * row_map.rows)
                 count = {"text": later, "raters": 1}.get(name, len(voting))
@@ -386,5 +396,6 @@ def _column_sums(
             trusted=True,  # indices were built on the host
         )
         joined = join_heads(gather_heads(captured.attn, sums, dim=1), signal.heads)
+        # Keys of earlier turns take part in the softmax, but are not ranked.
         found.append(joined[:, -row_map.rows :] if past.rows else joined)
     return found[0] if whole else torch.cat(found)

@@ -208,6 +208,7 @@ class Stats:
         lengths = []
         rows = zip(self.spans, self.counts, self.entering, self.prompts, strict=True)
         for spans, counts, entering, prompts in rows:
+            # Text stays whole in every layer; visual tokens fall at the stages.
             for length, chosen in prompts:
                 text = length - sum(spans[j].visual for j in chosen)
                 left = self._left([counts[j] for j in chosen], [entering[j] for j in chosen])
@@ -442,6 +443,7 @@ class LayerShape:
             intermediate = experts + (getattr(config, "shared_expert_intermediate_size", 0) or 0)
         if isinstance(intermediate, list | tuple):
             intermediate = sum(intermediate) // len(intermediate)
+        # Layers without a window see all tokens (None); without attention none (0).
         layer_type = LAYER_TYPES.get(name, FULL)
         reach = getattr(config, layer_type.window_field or "", None) if layer_type.attends else 0
         stores = layer_type.attends and not str(mode).startswith("reuse")
@@ -457,6 +459,7 @@ class LayerShape:
         to attention (`merge=True`).
         """
         pairs, reach = tokens * past + tokens * (tokens + 1) // 2, self.reach
+        # Reach 4, no past, 6 tokens: 1 + 2 + 3 + 4 pairs of growing queries, then 2 · 4.
         if reach is not None:  # the first queries see fewer than the window holds
             growing = min(max(reach - past, 0), tokens)
             pairs = growing * past + growing * (growing + 1) // 2 + (tokens - growing) * reach

@@ -77,6 +77,7 @@ class PackedRows(TowerRows):
     def of(cls, cells: Cells, chosen: Tensor) -> PackedRows:
         """The rows of the cells `chosen`."""
         place = chosen if cells.order is None else cells.order.argsort()[chosen]
+        # A packed tower stores the patches of a cell next to each other, in its order of cells.
         place, unit = place.sort().values, cells.members.shape[1]
         index = place[:, None] * unit + torch.arange(unit, device=place.device)
         return cls(cells, index.flatten())
@@ -119,6 +120,7 @@ class PackedRows(TowerRows):
 
     def bounds(self, bounds: Tensor) -> tuple[Tensor, int]:
         """Bounds of the sequences after dropping, without empty ones, and the longest length."""
+        # Bounds 0 4 8 12 and kept rows 0 1 8 9: 0 2 2 4, without the empty sequence 0 2 4.
         before = torch.searchsorted(self.index, bounds.to(self.index))
         left = torch.unique_consecutive(before).to(bounds.dtype)
         return left, int(left.diff().max())
@@ -153,6 +155,7 @@ class DenseRows(TowerRows):
         index, counts = (~read).to(torch.uint8).argsort(dim=1, stable=True), read.sum(1)
         if cells.rows:
             return cls(cells, index[:, : cells.rows], counts)
+        # The pixels decide: one device read for the length that all pictures are padded to.
         shortest, longest = (int(n) for n in counts.aminmax())
         rows = cls(replace(cells, rows=longest), index[:, :longest], counts)
         rows.lengths = counts if shortest < longest else None
@@ -199,6 +202,7 @@ class DenseRows(TowerRows):
             return block_mask(self._mask(visible_columns(mask)))
         if not isinstance(mask, Tensor):
             return mask
+        # Keys first, then queries, unless one row of the mask is for all queries.
         mask = mask.take_along_dim(self.index if mask.ndim == 2 else self.index[:, None, None], -1)
         if mask.ndim == 2 or mask.shape[2] == 1:
             return mask
@@ -210,9 +214,11 @@ class DenseRows(TowerRows):
         The first row is the class token, if there is one; the input of a projector may lack it.
         """
         rows = self.cells.rows
+        # Another output of the module (pooled, or of another batch) passes unchanged.
         if x.ndim != 3 or len(x) != len(self.index) or x.shape[1] not in (rows, rows + self._head):
             return x
         head = x.shape[1] - rows
+        # 1 if the class token was removed before this module, as LLaVA does.
         lacks = self._head - head
         index, counts = self.index[:, lacks:] - lacks, self.counts - lacks
         unread = torch.arange(x.shape[1], device=x.device) >= counts[:, None]
@@ -300,6 +306,7 @@ class TowerCost:
         return self.token * before, self.token * after
 
     def _block(self, bounds: Tensor) -> int:
+        # Attention without a mask inside of every sequence: all pairs of its rows.
         squares = int(bounds.long().diff().square().sum())
         return self.row * int(bounds[-1]) + 4 * self.width * squares
 

@@ -77,6 +77,7 @@ def attention_received(
     """
     from tokencomp.kernels import attention_colsum
 
+    # The class token is row 0: its attention alone, or the mean over all rows.
     rows = 1 if class_token and cu_seqlens is None else q.shape[1]
     if lengths is not None:
         stop, order = lengths[:, None].expand(-1, rows), torch.arange(rows, device=q.device)
@@ -87,6 +88,7 @@ def attention_received(
         visible, weights = None, torch.full((rows,), 1.0 / rows, device=q.device)
     else:
         ends = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]])
+        # Every row of a packed picture sees the rows of that picture.
         first, stop = ends.repeat_interleave(cu_seqlens.diff(), 1, output_size=rows)
         order = torch.arange(rows, device=q.device)
         visible = torch.stack([first, stop, order])[:, None].int()

@@ -97,6 +97,7 @@ def chosen_cells(
 
 def _features(cells: Cells, rows: Tensor, stage: TowerStage, hidden: Tensor | None) -> Tensor:
     """Pixels of the patches of cells, concatenated; or the mean of their hidden states."""
+    # -1: the cell has fewer patches than others, as at the edge of a picture.
     members = cells.members[rows]
     present = members >= 0
     if stage.decides:  # it compares pixels: a cell with fewer patches repeats its first
@@ -144,6 +145,7 @@ def running_prompt(adapter: Adapter, noted: Noted) -> tuple[Tensor, Tensor | Non
             "model has seen before. Pass pixels to the model or to generate, or take a reducer "
             "that looks at single pictures, such as 'pixelprune'."
         )
+    # `generate` passes all columns, of which the cache holds the first.
     cache, ids = compat.get_cache(arguments), arguments.get("input_ids")
     held = 0 if cache is None else cache.get_seq_length()
     return modalities[:, held:], None if ids is None else ids[:, held:], cache
@@ -160,6 +162,7 @@ def kept_before(call: TowerCall, cells: Cells) -> list[LastKept]:
         {key[2:]: places.known() for key, places in sample.items() if key[:2] == signal}
         for sample in shown
     ]
+    # Media come in the order of the batch: the sample of each follows from the tokens so far.
     ends = (call.modalities == CODES[cells.modality]).sum(1).cumsum(0)
     lengths = cells.tokens or [math.prod(grid) for part in cells.parts for grid in part]
     owners = np.searchsorted(ends[:-1].numpy(force=True), np.cumsum(lengths))

@@ -35,6 +35,7 @@ def surviving_rows(
                     f"{kept.span.start}, whose last token the vision tower has dropped. Put "
                     "text after it, or use tower_ratio=0."
                 )
+            # What is left in the end are NaN outside of all spans.
             missing -= int((~present).sum())
             counts[b][j] = int(present.sum())
             if counts[b][j] < kept.count:
