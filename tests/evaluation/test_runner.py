@@ -235,7 +235,7 @@ def test_batches_halves_and_resumption_change_nothing(loaded, examples, seen, tm
     sweep(*loaded, images, [RANDOM], tmp_path, **HOW)
     assert seen == {e.id: first[e.id] for e in images[1:]}
     seen.clear()
-    measured = Measurement({"": loaded[0]}, loaded[1], batch=len(images), max_new_tokens=2)
+    measured = Measurement({"": loaded[0]}, loaded[1], batch=len(images))
     measured.run(images, [RANDOM])
     assert seen == first
 

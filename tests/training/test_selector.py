@@ -170,7 +170,7 @@ def test_explained_batches_do_not_depend_on_their_company(
     examples = [source[i] for i in range(5)]
     together = explain_batch(*tiny, examples, SELECTOR)
     alone = [explain_batch(*tiny, [example], SELECTOR)[0] for example in examples]
-    monkeypatch.setattr(selector_labels, "MEMORY", 2 * attention_bytes(tiny[0], 1, 40) - 1)
+    monkeypatch.setattr(selector_labels, "MEMORY", 2 * attention_bytes(tiny[0], 40) - 1)
     some = explain_batch(*tiny, examples, SELECTOR)
     for other in (alone, some):
         for a, b in zip(together, other, strict=True):

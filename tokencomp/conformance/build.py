@@ -40,38 +40,23 @@ class BuildError(Exception):
 
 @dataclass
 class TinyModel:
-    """A tiny model in evaluation mode, eager attention, float32.
+    """A tiny model in evaluation mode, eager attention, float32."""
 
-    Attributes
-    ----------
-    model
-        The module that generates text: the thinker of an omni model.
-    whole
-        What users call `patch` with: the omni model around it, or `model` itself.
-    specials
-        Token ids that the config names, by the name of their field.
-    variant
-        What was set in addition to the sizes.
-    """
-
-    model: Any
-    whole: Any
+    model: Any  # the module that generates text: the thinker of an omni model
+    whole: Any  # what users call `patch` with: the omni model around it, or `model` itself
     config: Any
     text_config: Any
     decoder: nn.Module
-    specials: dict[str, int]
-    variant: Variant = PLAIN
+    specials: dict[str, int]  # token ids that the config names, by the name of their field
+    variant: Variant = PLAIN  # what was set in addition to the sizes
 
 
 def tiny_model(model_class: type, config: Any, variant: Variant = PLAIN) -> TinyModel:
     """A tiny model of the class that users call `generate` of, with the mechanisms of a config.
 
-    The config, real or default, is left alone; fields of `variant` get exactly its values.
-
-    Raises
-    ------
-    BuildError
-        The classes of transformers refuse the small sizes, or need weights outside the decoder.
+    The config, real or default, is left alone; fields of `variant` get exactly its values. Raises
+    `BuildError` if the classes of transformers refuse the small sizes, or need weights outside the
+    decoder.
     """
     with quiet():
         return _tiny_model(model_class, copy.deepcopy(config), variant)
@@ -98,7 +83,9 @@ def _tiny_model(model_class: type, config: Any, variant: Variant) -> TinyModel:
         torch.manual_seed(0)
         outer = model.get_decoder()
         _check_size(outer)
-        decoder: Any = _replace_module(model, outer, type(outer)(outer.config))
+        path = next(name for name, module in model.named_modules() if module is outer)
+        decoder: Any = type(outer)(outer.config)
+        model.set_submodule(path, decoder)
         _create_small_parts(model)
         _empty_towers(model)
         fill_weights(model)
@@ -179,13 +166,6 @@ def _mrope(model_class: type) -> bool:
             if "def get_rope_index" in inspect.getsource(sys.modules[cls.__module__]):
                 return True
     return False
-
-
-def _replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    path = next(name for name, module in model.named_modules() if module is old)
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, new)
-    return new
 
 
 def _create_small_parts(model: Any) -> None:

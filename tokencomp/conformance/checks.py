@@ -36,18 +36,11 @@ SCORED = ("condiv", "fastv", "prune", "pyramiddrop")
 class Result:
     """Result of the checks of a type.
 
-    Attributes
-    ----------
-    status
-        "exact": at entry and between layers. "entry only": at entry. "refused": by the package,
-        before anything ran. "unverified": could not be checked, or is not exact.
-    reason
-        Why it is not exact; "" for exact types.
-    refusals
-        By reducer that reads attention: why the package refuses it.
-    errors
-        Largest difference of logits by check, and the effect of compression, both in units of the
-        logits' standard deviation.
+    `status` is "exact": at entry and between layers. "entry only": at entry. "refused": by the
+    package, before anything ran. "unverified": could not be checked, or is not exact. `reason` says
+    why it is not exact; `refusals`, by reducer that reads attention, why the package refuses it.
+    `errors` has the largest difference of logits by check, and the effect of compression, both in
+    units of the logits' standard deviation.
     """
 
     status: Status

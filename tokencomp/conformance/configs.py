@@ -18,10 +18,7 @@ AUDIO_PLACEHOLDERS = ("audio_token_id", "audio_token_index")
 def shallow(config: Any, text: Any = None) -> Any:
     """A copy of a config with towers of two layers, which are faster to create.
 
-    Parameters
-    ----------
-    text
-        The one config inside that keeps its depth.
+    The config `text` inside keeps its depth.
     """
     config = copy.deepcopy(config, {} if text is None else {id(text): text})
     for owner in configs_in(config):
@@ -74,12 +71,9 @@ def configs_in(config: Any) -> Iterator[Any]:
 
 
 def move_token_ids(config: Any, vocabulary: int) -> dict[str, int]:
-    """Give token ids beyond the vocabulary, and those of placeholders, ids at its end.
+    """Give token ids beyond the vocabulary, and placeholders, ids at its end.
 
-    Returns
-    -------
-    dict
-        Field → id, of every id at the end.
+    Returns these ids by the name of their field.
     """
     moved: dict[int, int] = {}
     names: dict[str, int] = {}

@@ -36,18 +36,12 @@ class EncoderOutput(BaseModelOutputWithPooling):
 class Layout:
     """The form of features of several images.
 
-    Attributes
-    ----------
-    whole
-        Class of the result: `EncoderOutput`, or `Tensor` for features only.
-    pooled, deep
-        "list" of (tokens, d) per image, "stacked" (images, tokens, d), or "flat" (all tokens, d):
-        form of the features, and of those added in the first layers.
+    "list" of (tokens, d) per image, "stacked" (images, tokens, d), or "flat" (all tokens, d).
     """
 
     pooled: str = "list"
-    deep: str = "list"
-    whole: type = EncoderOutput
+    deep: str = "list"  # of the features that are added in the first layers
+    whole: type = EncoderOutput  # class of the result; `Tensor` for features only
 
     def __str__(self) -> str:
         return f"{self.pooled}, deepstack {self.deep}"
@@ -68,16 +62,10 @@ def arranged(images: list[Tensor], how: str) -> Any:
 
 
 class Encoder:
-    """Replaces the tower of a tiny model by its encoding method.
+    """Replaces the tower of a tiny model by its encoding method, and counts `calls` of it.
 
-    Attributes
-    ----------
-    images : list of Tensor, shape (tokens, d)
-        Features of the next call, of which the first `width` channels are used.
-    layout, width
-        Form of the returned features.
-    calls
-        Number of calls.
+    `images` are the features (tokens, d) of the next call; their first `width` channels are
+    returned, in the form of `layout`.
     """
 
     def __init__(self, tiny: TinyModel, medium: str) -> None:

@@ -55,13 +55,8 @@ NO_ARGUMENTS = (
 def tiny_text_config(config: Any, mrope: bool = False, **overrides: Any) -> Any:
     """A text config of the same class with small sizes, and at least two layers of every kind.
 
-    Parameters
-    ----------
-    mrope
-        Whether the model has one row of positions per axis, also where the config gives no
-        sections: those of a default config are for heads of 128 dimensions.
-    **overrides
-        Fields that get exactly these values.
+    `mrope`: the model has one row of positions per axis, also where the config gives no sections:
+    those of a default config are for heads of 128 dimensions. Fields get the values of `overrides`.
     """
     values = {k: v for k, v in config.to_dict().items() if k not in NO_ARGUMENTS}
     listed = next((name for name in KINDS if overrides.get(name) or values.get(name)), KINDS[0])

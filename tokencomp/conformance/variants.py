@@ -10,27 +10,17 @@ from typing import Any
 class Variant:
     """Fields that are set before a model is created.
 
-    Attributes
-    ----------
-    name
-        What this form has; "" where a type has one form.
-    text, top
-        Fields of the text config, and of the config of the whole model (with dots: inside of it).
-    text_type
-        Model type of the text config, where the default one of some releases is of another; "":
-        the default one.
-    image_tokens
-        Tokens of an image to try: 3 × 4 (or no grid), or as many with a line break per row.
-    newlines
-        Which of them are `body.image_newline`.
+    `text_type` is the model type of the text config, where the default one of some releases is of
+    another; "": the default one. `image_tokens` are numbers of tokens of an image to try: 3 × 4 (or
+    no grid), or as many with a line break per row.
     """
 
-    name: str = ""
-    text: dict[str, Any] = field(default_factory=dict)
-    top: dict[str, Any] = field(default_factory=dict)
+    name: str = ""  # what this form has; "" where a type has one form
+    text: dict[str, Any] = field(default_factory=dict)  # fields of the text config
+    top: dict[str, Any] = field(default_factory=dict)  # of the whole config; with dots: inside
     text_type: str = ""
     image_tokens: tuple[int, ...] = (12, 15)
-    newlines: tuple[int, ...] = ()
+    newlines: tuple[int, ...] = ()  # numbers of the image tokens that are `body.image_newline`
 
 
 PLAIN = Variant()

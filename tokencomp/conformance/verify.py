@@ -32,12 +32,9 @@ def text_classes(top: nn.Module, decoder: nn.Module) -> Classes:
 
 
 def _check_classes(model: type, classes: Classes, copied: Classes) -> None:
-    """Refuse a model with modules that its tiny copy, built from its classes, does not have.
+    """Raise `UnverifiedModelError` for modules that the tiny copy, built from classes, has not.
 
-    Raises
-    ------
-    UnverifiedModelError
-        The outer class, or the user, has replaced modules of the decoder.
+    The outer class, or the user, has replaced them in the decoder.
     """
     skipped = ""
     for path, own in classes.items():
@@ -62,12 +59,8 @@ def verify_model(model: Any, compress: Compress) -> Result:
     and its tower does not run. It takes about a second, and nothing for a config that has passed.
     `compress` must take models of unverified types.
 
-    Raises
-    ------
-    UnverifiedModelError
-        A check fails, no tiny model can be built, or the model generates no text.
-    UnsupportedModelError
-        The model is refused by its structure.
+    Raises `UnverifiedModelError` if a check fails, no tiny model can be built, or the model
+    generates no text, and `UnsupportedModelError` if its structure is refused.
     """
     own = type(model)
     parts = find_parts(model)

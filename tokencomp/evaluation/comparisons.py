@@ -16,27 +16,19 @@ from tokencomp.evaluation.settings import DOWNSCALE, FULL, RANDOM
 
 @dataclass(frozen=True)
 class Comparisons:
-    """One run against the full model, `random` and downscaling.
+    """Differences of accuracy of one run to others at its ratio, and shares; None without a value.
 
-    Attributes
-    ----------
-    full, random, downscale
-        Differences of accuracy; None without such a run at the ratio. `random` is its seeds' mean.
-    detail, detail_items
-        Accuracy on the items that downscaling gets wrong, which need detail (group A of VTC-Bench,
-        arXiv 2510.07143), and their number.
-    agreement
-        Share of answers that equal the full model's, right or wrong (loyalty of EffiVLM-Bench,
-        arXiv 2506.00479). None where runs hold no answers.
+    `detail` is the accuracy on items that need detail (group A of VTC-Bench, arXiv 2510.07143),
+    `agreement` the loyalty of EffiVLM-Bench (arXiv 2506.00479).
     """
 
     full: Difference | None = None
-    random: Difference | None = None
+    random: Difference | None = None  # the mean of its seeds
     downscale: Difference | None = None
     seeds: int = 0
-    detail: float | None = None
+    detail: float | None = None  # accuracy on the items that downscaling gets wrong
     detail_items: int = 0
-    agreement: float | None = None
+    agreement: float | None = None  # share of answers that equal the full model's, right or wrong
 
 
 @dataclass(frozen=True)

@@ -16,23 +16,14 @@ PLACES = ((1, 1), (2, 2), (3, 4), (5, 6), (7, 9), (10, math.inf))
 class FactsKept:
     """Facts of a run, on the questions with facts that it and the full model have answered.
 
-    Attributes
-    ----------
-    by_place
-        For each of `PLACES`: facts that are right, divided by those of the full model; of the full
-        model itself, divided by all facts. NaN where the divisor is 0.
-    left_out
-        Share of all facts that the answers do not have.
-    invented
-        Statements without any fact, per answer.
-    facts
-        Number of facts at each of `PLACES`.
+    `by_place` has for each of `PLACES` the facts that are right, divided by those of the full
+    model; of the full model itself, divided by all facts. NaN where the divisor is 0.
     """
 
     by_place: tuple[float, ...]
-    left_out: float
-    invented: float
-    facts: tuple[int, ...]
+    left_out: float  # share of all facts that the answers do not have
+    invented: float  # statements without any fact, per answer
+    facts: tuple[int, ...]  # number of facts at each of `PLACES`
 
 
 def facts_kept(run: EvalRun, full: EvalRun) -> FactsKept | None:

@@ -69,15 +69,8 @@ def _paired(first: Sequence[float], second: Sequence[float]) -> tuple[np.ndarray
 def retention(compressed: Sequence[float], full: Sequence[float]) -> Retention:
     """Mean of `compressed` divided by that of `full`.
 
-    Parameters
-    ----------
-    compressed, full
-        Scores per item, in the same order; 0 or 1, or anything non-negative.
-
-    Raises
-    ------
-    OptionError
-        Different lengths, no items, or scores that are not finite.
+    Both are scores per item, in the same order; 0 or 1, or anything non-negative. Raises
+    `OptionError` for different lengths, no items, or scores that are not finite.
     """
     a, b = _paired(compressed, full)
     if not b.any():

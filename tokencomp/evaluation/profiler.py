@@ -32,21 +32,14 @@ def profile(
 ) -> list[dict[str, Any]]:
     """Profile variants of one model on one prompt; the first is the full model.
 
-    Parameters
-    ----------
-    variants
-        Per setting: its inputs on the device, and seconds of preprocessing, if any.
-    rounds
-        Timed rounds after one warm-up; every round runs every variant once.
+    `variants` has per setting its inputs on the device, and seconds of preprocessing, if any. After
+    a warm-up every round runs every variant once.
 
-    Returns
-    -------
-    list of dict
-        A row per variant, ready for JSON; seconds are medians. `peak_bytes` is the peak memory of
-        one prefill above what was held before it, None where it cannot be read; `kv_bytes` are
-        counted on the cache itself. `speedup` is that of the LLM prefill with the reducer,
-        `limit_reached` its share of what FLOPs allow, `reduce_overhead` the reducer's time over the
-        uncompressed prefill, and `total_speedup` that of the whole call.
+    Returns a row per variant, ready for JSON; seconds are medians. `peak_bytes` is the peak memory
+    of one prefill above what was held before it, None where it cannot be read; `kv_bytes` are
+    counted on the cache itself. `speedup` is that of the LLM prefill with the reducer,
+    `limit_reached` its share of what FLOPs allow, `reduce_overhead` the reducer's time over the
+    uncompressed prefill, and `total_speedup` that of the whole call.
     """
     from tqdm.auto import tqdm
 

@@ -34,24 +34,13 @@ INPUT_BASELINES = {
 class Setting(Method):
     """A method with a row name, which may also be the full model or an input baseline.
 
-    Attributes
-    ----------
-    reducer
-        As in `Method`, or "full" (no compression), "plan" (explicit stages), or an input
-        baseline: "downscale", "fewer_frames".
-    ratio
-        In [0, 1); every method at 0 is the full model.
-    options
-        As in `Method`; for "plan" its stages in JSON form as `plan`.
-    name
-        Row label; by default the name of the reducer, or "plan".
-    variant
-        Which of several models answers, see `sweep`.
+    `reducer` is one of `Method`, or "full" (no compression), "plan" (explicit stages, in JSON form
+    the option `plan`), or one of `INPUT_BASELINES`. Every method at ratio 0 is the full model.
     """
 
     reducer: str | Reducer = FULL
-    name: str = ""
-    variant: str = ""
+    name: str = ""  # of its row; by default that of the reducer, or "plan"
+    variant: str = ""  # which of several models answers, see `sweep`
 
     def __post_init__(self) -> None:
         asked = self.ratio or self.options or self.budget is not None
@@ -106,16 +95,12 @@ class Setting(Method):
         plan = {} if self.plan is None else {"plan": plan_to_json(self.plan)}
         usual = self.usual_options
         stage = {n: value for n, value in self.options_in_force.items() if value != usual[n]}
-        return {**plan, **self.options, **stage, **self._written_tower}
-
-    @property
-    def _written_tower(self) -> dict[str, Any]:
-        """The stage in the vision tower as options; empty without one."""
-        if not self.active or self.plan is not None or self.tower_stage is None:
-            return {}
-        written = {"tower_ratio": self.tower_ratio}
-        name = getattr(self.tower_reducer, "name", self.tower_reducer)
-        return written if name == "auto" else {**written, "tower_reducer": name}
+        tower: dict[str, Any] = {}
+        if self.active and self.plan is None and self.tower_stage is not None:
+            reducer = getattr(self.tower_reducer, "name", self.tower_reducer)
+            tower = {"tower_ratio": self.tower_ratio}
+            tower |= {} if reducer == "auto" else {"tower_reducer": reducer}
+        return {**plan, **self.options, **stage, **tower}
 
     @property
     def method(self) -> str:

@@ -35,16 +35,10 @@ def manifest() -> ModelManifest:
 class TokenComp(lmms):
     """Any supported Hugging Face model under one setting; lmms-eval passes all arguments as text.
 
-    Parameters
-    ----------
-    pretrained, frames, batch_size, device, dtype, attention
-        As in `tokencomp eval`.
-    reducer, ratio, options
-        As in `Setting`, options as JSON; any further `name=value` argument is an option, too.
-    results
-        Folder for answers; an interrupted run continues there.
-    loaded, setting
-        Objects of callers in the same process, instead of their names.
+    `reducer`, `ratio` and `options` are those of `Setting`, options as JSON; any further
+    `name=value` argument is an option, too. The others are those of `tokencomp eval`. Answers are
+    written to the folder `results`, where an interrupted run continues. Callers in the same process
+    give `loaded` (model and processor) and `setting` instead of their names.
     """
 
     is_simple = True

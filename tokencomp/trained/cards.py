@@ -156,10 +156,7 @@ def locate(weights: str | None, facts: ModelFacts, kind: str, train: str) -> Pat
 def read(path: Path, kind: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors of a safetensors file and its card, whose kind ("selector", …), if any, is `kind`.
 
-    Raises
-    ------
-    WeightsError
-        If a file is missing, damaged or of another kind, or a tensor is not finite.
+    Raises `WeightsError` if a file is missing, damaged or of another kind, or a tensor not finite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -18,38 +18,24 @@ from tokencomp.validation import check_types
 class ProjectorConfig:
     """Sizes of a projector; the defaults are those of Video-CCAM-7B v1.2 (SigLIP and Qwen2-7B).
 
-    Attributes
-    ----------
-    queries
-        Number of output tokens, for an input of any length.
-    width, heads, mlp
-        Inner width, number of attention heads, and hidden size of the SwiGLU.
-    kv_dim, out_dim
-        Width of the visual tokens and width of the language model.
-    causal
-        If True, query i of Q sees the frames up to floor(i·F/Q); with more frames than queries, no
-        query sees the last ⌈F/Q⌉ - 1 frames. If False, every query sees every frame.
-    spatial
-        Whether fixed 2-D sine positions of the cells in a frame are added to the keys (ours). This
-        is needed if features do not encode their place, as after towers with rotary positions.
-    eps
-        Epsilon of the layer norms.
+    `causal`: query i of Q sees the frames up to floor(i·F/Q); with more frames than queries, no
+    query sees the last ⌈F/Q⌉ - 1 frames. Otherwise every query sees every frame. `spatial`: fixed
+    2-D sine positions of the cells in a frame are added to the keys (ours), which is needed if
+    features do not encode their place, as after towers with rotary positions.
 
-    Raises
-    ------
-    OptionError
-        If a value has another type, a size is below one, or `heads` does not divide `width`.
+    Raises `OptionError` if a value has another type, a size is below one, or `heads` does not
+    divide `width`.
     """
 
-    queries: int = 1024
-    width: int = 1024
+    queries: int = 1024  # output tokens, for an input of any length
+    width: int = 1024  # inside
     heads: int = 16
-    mlp: int = 4096
-    kv_dim: int = 1152
-    out_dim: int = 3584
+    mlp: int = 4096  # hidden size of the SwiGLU
+    kv_dim: int = 1152  # of the visual tokens
+    out_dim: int = 3584  # of the language model
     causal: bool = True
     spatial: bool = False
-    eps: float = 1e-5
+    eps: float = 1e-5  # of the layer norms
 
     def __post_init__(self) -> None:
         check_types("ccam", self)
@@ -82,21 +68,12 @@ class CCAMProjector(nn.Module):
         self.output = nn.Linear(c.width, c.out_dim)
 
     def forward(self, x: Tensor, frames: int, grid: tuple[int, int] | None = None) -> Tensor:
-        """Return the tokens for the language model.
+        """The tokens (B, Q, out_dim) for the language model, in the dtype of `x`.
 
-        Parameters
-        ----------
-        x : Tensor, shape (B, F·P, kv_dim)
-            Visual tokens, P per frame and frame after frame. They are cast to the dtype of the
-            weights, so that fp32 weights can be trained on a bf16 model.
-        frames
-            F, the number of frames.
-        grid
-            (rows, columns) of a frame with rows·columns = P; only needed if `config.spatial`.
-
-        Returns
-        -------
-        Tensor, shape (B, Q, out_dim), dtype of `x`
+        `x` (B, F·P, kv_dim) are visual tokens, P per frame and frame after frame. They are cast to
+        the dtype of the weights, so that fp32 weights can be trained on a bf16 model. F is
+        `frames`; `grid`, (rows, columns) of a frame with rows·columns = P, is only needed if
+        `config.spatial`.
         """
         from tokencomp.kernels import ccam_attention
 

@@ -33,27 +33,18 @@ FILES = ("adapter_model.safetensors", "adapter_config.json")
 class AdscConfig(LoopConfig):
     """Settings of `tokencomp train adsc` beyond those of the loop.
 
-    Attributes
-    ----------
-    schedule
-        Phases of equal length, each a ratio, or several that take turns: "0.5|0.67|0.8". Mild to
-        harsh and harsh to mild (the reverse curriculum of arXiv 2602.12618) are both lists. "0"
-        trains the uncompressed model.
-    reducer, options
-        The method in force while training; `adsc` by default, any reducer works.
-    rank, alpha, dropout
-        Of LoRA.
-    ratios
-        Evaluated at the end.
+    `schedule` has phases of equal length, each a ratio, or several that take turns: "0.5|0.67|0.8".
+    Mild to harsh and harsh to mild (the reverse curriculum of arXiv 2602.12618) are both lists. "0"
+    trains the uncompressed model.
     """
 
     schedule: tuple[str, ...] = ("0.8", "0.67", "0.5", "0|0.5|0.67|0.8")
-    reducer: str = "adsc"
+    reducer: str = "adsc"  # in force while training, with its options; any reducer works
     options: dict[str, Any] = field(default_factory=dict)
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    ratios: tuple[float, ...] = (0.0, 0.67, 0.8)
+    rank: int = 16  # of LoRA
+    alpha: int = 32  # of LoRA
+    dropout: float = 0.0  # of LoRA
+    ratios: tuple[float, ...] = (0.0, 0.67, 0.8)  # evaluated at the end
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,19 +69,10 @@ def train_adsc(model: Any, processor: Any, data: str, output: Path, config: Adsc
     The vision tower, projector and embeddings stay frozen. `output` then loads with
     `peft.PeftModel.from_pretrained(model, output)`.
 
-    Returns
-    -------
-    The PEFT model, in evaluation mode. PEFT puts its layers into `model` itself;
-    `unload()` takes them out again, which also happens to a model whose training ends in an error.
-
-    Raises
-    ------
-    MissingDependencyError
-        PEFT is not installed.
-    OptionError
-        Data without answers or media, or a checkpoint of another run in `output`.
-    ScoreError
-        Training diverged.
+    Returns the PEFT model, in evaluation mode. PEFT puts its layers into `model` itself; `unload()`
+    takes them out again, which also happens to a model whose training ends in an error:
+    `OptionError` for data without answers or media, or a checkpoint of another run in `output`,
+    `ScoreError` if training diverged, `MissingDependencyError` without PEFT.
     """
     card = {**model_card(model), "kind": "adsc", "data": data, "config": asdict(config)}
     source = questions(data, config.kind, config.samples)

@@ -25,29 +25,15 @@ NOT_KEPT = (*compat.CACHE_NAMES, "hidden_states", "use_cache")
 
 @dataclass
 class Capture:
-    """Results of a forward call, without gradients.
-
-    Attributes
-    ----------
-    spans
-        Visual spans per sample.
-    width, lengths
-        Columns, and real tokens per sample.
-    inputs
-        Input of every layer, (B, width, d); with `layers=False` only of the first.
-    arguments
-        Keyword arguments of every captured layer, without a cache.
-    last
-        Output of the last layer, (B, width, d), before the final norm.
-    """
+    """Results of a forward call, without gradients. Only the first layer with `layers=False`."""
 
     adapter: Adapter
-    spans: list[list[VisualSpan]] = field(default_factory=list)
-    width: int = 0
-    lengths: list[int] = field(default_factory=list)
-    inputs: list[Tensor] = field(default_factory=list)
-    arguments: list[dict[str, Any]] = field(default_factory=list)
-    last: Tensor | None = None
+    spans: list[list[VisualSpan]] = field(default_factory=list)  # per sample
+    width: int = 0  # columns
+    lengths: list[int] = field(default_factory=list)  # real tokens per sample
+    inputs: list[Tensor] = field(default_factory=list)  # of every layer, (B, width, d)
+    arguments: list[dict[str, Any]] = field(default_factory=list)  # of every layer, without caches
+    last: Tensor | None = None  # output of the last layer, (B, width, d), before the final norm
 
     def read_prompts(self, call: dict[str, Any], decoder_inputs: dict[str, Any]) -> None:
         """Find the spans of a batch, from the arguments of the body and of the decoder."""
@@ -89,10 +75,9 @@ class _Enough(Exception):
 
 @torch.no_grad()
 def capture(model: nn.Module, inputs: dict[str, Any], layers: bool = True) -> Capture:
-    """Run `model` once and store the inputs of the decoder layers.
+    """Run an unpatched `model` once on a left-padded batch, and store its decoder layers' inputs.
 
-    `inputs` are a left-padded batch, and the model must not be patched. With `layers=False` the
-    call ends at the first layer.
+    With `layers=False` the call ends at the first layer.
     """
     adapter = adapter_for(model)
     seen = Capture(adapter)

@@ -36,20 +36,15 @@ SAMPLE = 16
 class CcamConfig(LoopConfig):
     """Options of the training of a projector, in addition to those of the loop.
 
-    Attributes
-    ----------
-    queries, width, heads, mlp, causal, spatial
-        Of the projector; 0 takes the model's hidden size (width), its heads, and twice the width
-        (mlp).
-    align
-        Number of first steps that train every query to return the mean of its share of a single
-        frame, so that the frozen model can read the queries from the start (ours).
+    For the first six see `ProjectorConfig`. The first `align` steps train every query to return the
+    mean of its share of a single frame, so that the frozen model can read the queries from the
+    start (ours).
     """
 
     queries: int = 32
-    width: int = 0
-    heads: int = 0
-    mlp: int = 0
+    width: int = 0  # 0: the model's hidden size
+    heads: int = 0  # 0: the model's
+    mlp: int = 0  # 0: twice the width
     causal: bool = True
     spatial: bool = True
     align: int = 200
@@ -85,17 +80,9 @@ class Live(Ccam):
 def train_ccam(model: Any, processor: Any, data: str, output: Path, config: CcamConfig) -> Path:
     """Train the projector on the answers of the frozen model to the training questions.
 
-    Returns
-    -------
-    Path of `ccam.safetensors`, next to its card `ccam.json`.
-
-    Raises
-    ------
-    OptionError
-        Data without answers or media, media of no more tokens than there are queries, sizes that
-        no projector can have, or a checkpoint of another run in `output`.
-    ScoreError
-        Training diverged.
+    Returns the path of `ccam.safetensors`, next to its card `ccam.json`. Raises `ScoreError` if
+    training diverged, and `OptionError` for data without answers or media, media of no more tokens
+    than queries, sizes that no projector can have, or a checkpoint of another run in `output`.
     """
     card = {**model_card(model), "data": data, "config": asdict(config)}
     source = questions(data, config.kind, config.samples)

@@ -40,10 +40,7 @@ def check_folder(path: Path) -> None:
 def load_checkpoint(path: Path | None, identity: dict[str, Any]) -> dict[str, Any] | None:
     """Read the checkpoint in `path` to the CPU; None if there is no such file yet.
 
-    Raises
-    ------
-    OptionError
-        The file belongs to another `identity`, or its folder cannot be written to.
+    Raises `OptionError` if it is of another `identity`, or its folder cannot be written to.
     """
     if path is None:
         return None

@@ -65,19 +65,9 @@ def data_identity(data: str) -> dict[str, Any]:
 def questions(data: str, kind: str, count: int, purpose: str = "train") -> Sequence[Example]:
     """What `--data` names, for training ("train") or for evaluation ("validation", "test").
 
-    Parameters
-    ----------
-    data
-        "shapesqa", "shapesqa:FAMILY,FAMILY,...", a JSON Lines file, or a folder with
-        `questions.jsonl`.
-    kind
-        "image", "video", or "both" of the embedded benchmark; files and families that are named
-        hold what they hold.
-
-    Raises
-    ------
-    OptionError
-        An unknown kind.
+    `data` is "shapesqa", "shapesqa:FAMILY,FAMILY,...", a JSON Lines file, or a folder with
+    `questions.jsonl`. `kind` ("image", "video" or "both"; else `OptionError`) chooses among the
+    embedded questions, if no families are named.
     """
     check_choice("data", "kind", kind, ("image", "video", "both"))
     name, _, chosen = data.partition(":")
@@ -150,13 +140,9 @@ def append(inputs: dict[str, Any], answers: Sequence[list[int]]) -> tuple[dict, 
     """Teacher-forced batch: answers after the prompts, starting at the same column.
 
     Shorter answers are padded with their last token: attention is causal, so no answer token sees
-    the padding, and all prompts end in the same column (ours).
-
-    Returns
-    -------
-    inputs, labels
-        The inputs with every tensor along the sequence extended, still left-padded; labels (B, L)
-        are the answer ids at their positions and -100 elsewhere.
+    the padding, and all prompts end in the same column (ours). Returns the inputs, still
+    left-padded, with every tensor along the sequence extended, and labels (B, L): the answer ids at
+    their positions, -100 elsewhere.
     """
     ids, longest = inputs["input_ids"], max(map(len, answers))
     token_ids = torch.tensor([a + a[-1:] * (longest - len(a)) for a in answers])

@@ -24,37 +24,15 @@ NOT_IN_IDENTITY = ("evaluate", "ratios", "save_every")
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Options that every training has.
+    """Options that every training has. Raises `OptionError` for a value of another type."""
 
-    Attributes
-    ----------
-    batch
-        Questions at once.
-    learning_rate
-        Of AdamW, which moves every weight by about that in a step.
-    samples, kind
-        Training questions, and "image", "video" or "both" of the embedded benchmark; files hold
-        what they hold.
-    frames
-        Frames read from video files.
-    evaluate
-        Held-out questions answered at the end; 0: none.
-    seed
-        Of the order of the questions, and of the first weights.
-
-    Raises
-    ------
-    OptionError
-        A value of another type.
-    """
-
-    batch: int = 16
-    learning_rate: float = 1e-3
-    samples: int = 8000
-    kind: str = "both"
-    frames: int = 8
-    evaluate: int = 200
-    seed: int = 0
+    batch: int = 16  # questions at once
+    learning_rate: float = 1e-3  # of AdamW, which moves every weight by about that in a step
+    samples: int = 8000  # training questions
+    kind: str = "both"  # "image", "video" or "both" of the embedded benchmark, not of files
+    frames: int = 8  # read from video files
+    evaluate: int = 200  # held-out questions answered at the end; 0: none
+    seed: int = 0  # of the order of the questions, and of the first weights
 
     def __post_init__(self) -> None:
         check_types("training", self)
@@ -62,22 +40,12 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class LoopConfig(TrainingConfig):
-    """Optimization of a module.
+    """Optimization of a module by AdamW, with warm-up and cosine decay to a twentieth."""
 
-    Attributes
-    ----------
-    steps
-        Optimizer steps.
-    warmup, weight_decay
-        AdamW with linear warm-up over `warmup` steps and cosine decay to a twentieth.
-    save_every
-        Steps between checkpoints, if they do not take longer than `SAVE_SECONDS`.
-    """
-
-    steps: int = 1000
-    warmup: int = 30
+    steps: int = 1000  # of the optimizer
+    warmup: int = 30  # steps, linear
     weight_decay: float = 0.0
-    save_every: int = 100
+    save_every: int = 100  # steps between checkpoints, unless they take longer than `SAVE_SECONDS`
 
     def identity(self, card: dict[str, Any]) -> dict[str, Any]:
         """What a checkpoint must match to be resumed: model, data, settings."""

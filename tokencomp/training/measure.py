@@ -23,20 +23,8 @@ REPLY = 4
 class Measurement:
     """Answers of many settings to the same questions, and the table of their accuracy.
 
-    Parameters
-    ----------
-    models
-        Variants of one model by name, see `sweep`; the uncompressed answers of "" are the
-        reference.
-    max_new_tokens
-        Where answers are cut; None: the longest reference answer of the questions.
-    around
-        See `sweep`.
-
-    Attributes
-    ----------
-    runs
-        Records of every setting, by `Setting.key`.
+    `models` are variants of one model by name, see `sweep`; the uncompressed answers of "" are the
+    reference. `runs` has the run of every setting, by `Setting.key`. For `around` see `sweep`.
     """
 
     def __init__(
@@ -45,12 +33,10 @@ class Measurement:
         processor: Any,
         frames: int = 8,
         batch: int = 32,
-        max_new_tokens: int | None = None,
         around: Around | None = None,
     ) -> None:
         self.models, self.processor = models, processor
-        self.frames, self.batch = frames, batch
-        self.max_new_tokens, self.around = max_new_tokens, around
+        self.frames, self.batch, self.around = frames, batch, around
         self.runs: dict[str, EvalRun] = {}
 
     def run(
@@ -58,12 +44,11 @@ class Measurement:
     ) -> None:
         """Answer every example under every setting, and by the uncompressed model.
 
-        Raises
-        ------
-        MediaError
-            An image or video cannot be read.
+        Answers are cut at the length of the longest reference answer, with its end-of-turn token.
+        Raises `MediaError` if an image or video cannot be read.
         """
-        longest = longest_answer(self.processor, self.models[""], examples)
+        answers = [example.answer for example in examples]
+        ids = answer_ids(self.processor, self.models[""], answers, end=True)
         runs = sweep(
             self.models,
             self.processor,
@@ -71,7 +56,7 @@ class Measurement:
             [Setting(), *(s for s in settings if s.name != FULL)],
             batch_size=self.batch,
             frames=self.frames,
-            max_new_tokens=self.max_new_tokens or max(REPLY, longest),
+            max_new_tokens=max([REPLY, *map(len, ids)]),
             progress=title,
             around=self.around,
         )
@@ -123,12 +108,6 @@ def accuracy(
     measured = Measurement(models, processor, config.frames, config.batch)
     measured.run(source, settings, title)
     return measured.table(settings)
-
-
-def longest_answer(processor: Any, model: Any, source: Sequence[Example]) -> int:
-    """Number of tokens of the longest reference answer, including the end-of-turn token."""
-    answers = [example.answer for example in source]
-    return max(map(len, answer_ids(processor, model, answers, end=True)), default=0)
 
 
 def _finite(value: float) -> float | None:

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.engine.prompt import IGNORED
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.training.capture import Capture, capture, eager_attention
@@ -40,32 +41,16 @@ BYTES = 24
 def explain(
     model: nn.Module, inputs: dict[str, Any], labels: Tensor, target: Target = TARGET
 ) -> tuple[Capture, list[list[Tensor]]]:
-    """Relevance of every visual token for the answers of a batch.
+    """Relevance of every visual token for the answers of a batch, by an unpatched `model`.
 
-    Parameters
-    ----------
-    model
-        Not patched, in evaluation mode.
-    inputs
-        A left-padded batch whose `input_ids` end with the answers.
-    labels : Tensor of int64, shape (B, L)
-        The answer tokens at their places, at least one per sample, -100 elsewhere. Relevance is
-        averaged over them.
-    target
-        "logit": the answer token's logit; "logprob": its log-probability.
+    `inputs` are a left-padded batch whose `input_ids` end with the answers; `labels`, int64 (B, L),
+    are the answer tokens at their places, at least one per sample, and -100 elsewhere. Relevance is
+    averaged over them. What is explained is the `target` of an answer token: its "logit", or its
+    log-probability ("logprob").
 
-    Returns
-    -------
-    seen, relevances
-        The forward call, and per sample and span a float32 tensor (span.length,), non-negative.
-
-    Raises
-    ------
-    UnsupportedModelError
-        The decoder's attention modules do not return their weights.
+    Returns the forward call, and per sample and span a float32 tensor (span.length,), non-negative.
+    Raises `UnsupportedModelError` if attention modules of the decoder do not return their weights.
     """
-    from tokencomp.adapters.registry import adapter_for
-
     with eager_attention(adapter_for(model)):
         seen = capture(model, inputs)
         rows = propagate(seen, labels, target)
@@ -75,15 +60,13 @@ def explain(
     return seen, relevances
 
 
-def attention_bytes(model: nn.Module, samples: int, tokens: int) -> int:
-    """Memory for the attention of one layer when explaining `samples` questions of `tokens` tokens.
+def attention_bytes(model: nn.Module, tokens: int) -> int:
+    """Memory for the attention of one layer when a question of `tokens` tokens is explained.
 
-    For 28 heads and 6,400 tokens 28 GB per question: the largest part after the model.
+    For 28 heads and 6,400 tokens 28 GB: the largest part after the model.
     """
-    from tokencomp.adapters.registry import adapter_for
-
     heads = int(adapter_for(model).text_config.num_attention_heads)
-    return BYTES * samples * heads * tokens**2
+    return BYTES * heads * tokens**2
 
 
 def propagate(seen: Capture, labels: Tensor, target: Target) -> Tensor:

@@ -64,35 +64,16 @@ class Steps(ABC):
     """Trains `parameters` phase by phase. A subclass defines a step.
 
     Batches must depend only on phase and step, so that a resumed run ends with the same weights.
+    `checkpoint` is written every `save_every` steps, every `SAVE_SECONDS` and after each phase, and
+    an existing one of the same `identity` is resumed; `OptionError` if it cannot be written, or
+    belongs to another run. None: none is written. Groups of the optimizers may have a `scale` of
+    the learning rate. `seed` decides dropout, which depends on the step as well.
 
-    Parameters
-    ----------
-    optimizers
-        Of the parameters. Their groups may have a `scale` of the learning rate.
-    checkpoint
-        Written every `save_every` steps, every `SAVE_SECONDS` and after each phase; an existing one
-        of the same `identity` is resumed. None: none is written.
-    seed
-        Of dropout, which depends on the step as well.
-
-    Attributes
-    ----------
-    clip
-        Largest norm of all gradients together.
-    phase, step
-        Number of the current phase, and steps done in it.
-    history, seconds
-        Losses of all steps, and the time they took over all sessions.
-    scores
-        Scores that the subclass records for its batches.
-
-    Raises
-    ------
-    OptionError
-        `checkpoint` cannot be written, cannot be read, or belongs to another run.
+    `step` counts the steps done in the current `phase`; `history` and `seconds` are the losses of
+    all steps and their time, over all sessions; a subclass notes `scores` of its batches.
     """
 
-    clip = 1.0
+    clip = 1.0  # largest norm of all gradients together
 
     def __init__(
         self,
@@ -128,10 +109,7 @@ class Steps(ABC):
     def run(self, stop_after: int | None = None) -> bool:
         """Train to the end of the last phase (True), or for `stop_after` steps (False).
 
-        Raises
-        ------
-        ScoreError
-            A loss or gradient is NaN or infinite; the last checkpoint stays.
+        Raises `ScoreError` if a loss or gradient is not finite; the last checkpoint stays.
         """
         saved = time.monotonic()
         begin, done = saved - self.seconds, 0

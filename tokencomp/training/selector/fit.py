@@ -37,14 +37,8 @@ def fit(
 
     `checkpoint` is written after every epoch; an existing one of the same settings and identity of
     the `labels` is resumed. Returns the network in evaluation mode, on `device`, and the seconds it
-    took in all sessions together.
-
-    Raises
-    ------
-    OptionError
-        `checkpoint` belongs to another run; no span can be learned from.
-    ScoreError
-        Training diverged.
+    took in all sessions together. Raises `OptionError` for a checkpoint of another run, or if no
+    span can be learned from, `ScoreError` if training diverged.
     """
     torch.manual_seed(config.seed)
     spans, held = targets(train, config.zeroed), targets(held_out, config.zeroed)

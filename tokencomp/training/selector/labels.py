@@ -39,33 +39,19 @@ SETTINGS = ("kind", "batch", "answers", "target", "frames", "max_new_tokens", "s
 class SelectorConfig(TrainingConfig):
     """Options of the training of a selector; the paper explains 8 to 12 thousand `samples`.
 
-    Attributes
-    ----------
-    epochs, batch_spans
-        Of the network.
-    zeroed
-        Share of each label's lowest values that is set to zero.
-    answers
-        "generated": explain what the model says (the paper); "given": the reference answer.
-    target
-        "logit" or "logprob" of the answer tokens.
-    max_new_tokens
-        Longest answer that is generated and explained.
-    held_out
-        Held-out questions that are explained.
-    input
-        What the network reads: "attention" of the text in layer 0 (the paper), or the projected
-        visual "features" (ours), two bytes per number in the labels.
+    `answers` that are explained are what the model says ("generated": the paper), or the reference
+    ("given"). The network reads as `input` "attention" of the text in layer 0 (the paper), or the
+    projected visual "features" (ours), two bytes per number in the labels.
     """
 
     learning_rate: float = 2e-3
-    epochs: int = 20
-    batch_spans: int = 64
-    zeroed: float = 0.5
+    epochs: int = 20  # of the network
+    batch_spans: int = 64  # of the network
+    zeroed: float = 0.5  # share of each label's lowest values that is set to zero
     answers: Literal["generated", "given"] = "generated"
-    target: Target = TARGET
-    max_new_tokens: int = 16
-    held_out: int = 500
+    target: Target = TARGET  # "logit" or "logprob" of the answer tokens
+    max_new_tokens: int = 16  # longest answer that is generated and explained
+    held_out: int = 500  # held-out questions that are explained
     input: Input = "attention"
 
 
@@ -87,10 +73,7 @@ def label(
 ) -> tuple[list[Pair], float]:
     """Explain every question, one file per batch; existing files are read instead.
 
-    Returns
-    -------
-    pairs, seconds
-        Labels, and the time they took over all sessions.
+    Returns the labels, and the seconds they took over all sessions.
     """
     identity = {**identity, "questions": len(source)}
     if (folder / IDENTITY).exists():
@@ -123,7 +106,7 @@ def explain_batch(
     """
     inputs, answers = load_batch(examples, processor, config.frames)
     tokens = inputs["input_ids"].shape[1] + config.max_new_tokens
-    room = max(1, MEMORY // attention_bytes(model, 1, tokens))
+    room = max(1, MEMORY // attention_bytes(model, tokens))
     if room < len(examples):
         parts = (examples[at : at + room] for at in range(0, len(examples), room))
         return [pair for part in parts for pair in explain_batch(model, processor, part, config)]

@@ -34,15 +34,9 @@ def train_selector(
     """Labels → network → evaluation → `selector.safetensors` and `selector.json` in `output`.
 
     Labels are stored in `output/labels`, network checkpoints in `output/checkpoint.pt`: a killed
-    run resumes there.
-
-    Raises
-    ------
-    OptionError
-        Data without answers or media; an output folder with labels, or a checkpoint, of another
-        model, data set or setting; labels without any relevance.
-    ScoreError
-        Attention, relevance or training that is not finite.
+    run resumes there. Raises `OptionError` for data without answers or media, labels without any
+    relevance, or files of another model, data set or setting in `output`, and `ScoreError` for
+    attention, relevance or training that is not finite.
     """
     check_folder(output)
     parts, seconds = {}, 0.0
