@@ -5,6 +5,7 @@ Only tensors; `tokencomp.session.session` has the processor and the chat templat
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,7 @@ from tokencomp.session.evict import Mark, check_eviction, evict, held_columns
 from tokencomp.session.held import POLICIES, TEXT, Held, PatchPlaces
 from tokencomp.session.patched import check_patch, rows_of
 from tokencomp.session.positions import Positions
-from tokencomp.session.watch import Watch
+from tokencomp.session.watch import read_media
 from tokencomp.tokens.tokens import VisualSpan
 from tokencomp.validation import check_choice, fits
 
@@ -31,17 +32,7 @@ BY_TOKEN = ("input_ids", "mm_token_type_ids", "token_type_ids")
 
 
 class Conversation:
-    """The cache of one conversation, and its state.
-
-    Parameters
-    ----------
-    model
-        A multimodal model, patched or not.
-    budget
-        Number of rows that the widest layer keeps between calls; None: all.
-    policy
-        Which rows of media are evicted first, see `tokencomp.session.held`.
-    """
+    """The cache of one conversation, and its state; for the parameters see `Session`."""
 
     def __init__(self, model: nn.Module, budget: int | None, policy: str) -> None:
         check_choice("Session", "policy", policy, tuple(POLICIES))
@@ -69,11 +60,6 @@ class Conversation:
         layer = first_layer(self.cache)
         return 0 if layer is None or not layer.is_initialized else physical_length(layer)
 
-    @property
-    def texts(self) -> int:
-        """Number of rows that are never evicted."""
-        return 0 if self._held is None else self._held.texts
-
     def mark(self) -> Callable[[], None]:
         """Returns a function that undoes later additions; no row may be evicted in between."""
         mark, values = Mark(self.cache), (self.tokens, self.items, self._held)
@@ -91,15 +77,8 @@ class Conversation:
     def add(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Run one part of the conversation and append it; if that fails, nothing changes.
 
-        Parameters
-        ----------
-        inputs
-            Arguments of the model by name: token ids (1, n), and pixels with their grids.
-
-        Returns
-        -------
-        Tensor, shape (1, vocabulary)
-            Logits after the last token.
+        `inputs` are arguments of the model: token ids (1, n), and pixels with their grids. Returns
+        the logits after the last token, (1, vocabulary).
         """
         rewind = self.mark()
         try:
@@ -114,40 +93,51 @@ class Conversation:
 
         Text must fit into the budget if the part is `kept`; otherwise the caller rewinds.
         """
-        ids = inputs["input_ids"]
-        if ids.shape[0] != 1:
+        samples, n = inputs["input_ids"].shape
+        if samples != 1:
             raise SessionError(
-                f"a session holds one conversation, and this part has {ids.shape[0]}. Open a "
+                f"a session holds one conversation, and this part has {samples}. Open a "
                 "session per conversation."
             )
-        device = self.adapter.decoder.embed_tokens.weight.device
+        adapter, handle = self.adapter, handle_of(self.adapter.model)
+        device = adapter.decoder.embed_tokens.weight.device
         inputs = {k: v.to(device) for k, v in inputs.items() if isinstance(v, Tensor)}
-        modalities = (
-            self.adapter.modalities(inputs) if self.adapter.feature_modalities(inputs) else None
-        )
-        handle = handle_of(self.adapter.model)
+        modalities = adapter.modalities(inputs) if adapter.feature_modalities(inputs) else None
         check_patch(handle, modalities)
         if modalities is None and kept:
-            self.check_text(ids.shape[1])
+            self.check_text(n)
         positions, following = self.positions.of(inputs, modalities)
         shown = memory_of(self.cache)
-        appearance = self.budget is not None and self.policy == "redundant"
-        watch = Watch(self.adapter, inputs, modalities, positions, self.check_chunk, appearance)
-        with watch:
+        spans: list[VisualSpan] = []
+        appearance = torch.zeros(n, 0)
+
+        def read(found: list[VisualSpan], embeds: Tensor) -> None:
+            nonlocal appearance
+            rows = rows_of(handle, found, n, len(adapter.layers))
+            self._check_room(rows, n, kept_text=False)
+            spans.extend(found)
+            if self.policy == "redundant":
+                appearance = embeds[0].detach()
+
+        reading: Any = contextlib.nullcontext()
+        if modalities is not None:
+            reading = read_media(adapter, inputs, modalities, positions, read)
+        with reading:
             out = self.model(
                 **inputs, **self._options, position_ids=positions, use_cache=True,
                 **{self._cache_name: self.cache},
             )  # fmt: skip
-        n = ids.shape[1]
         if self.budget is not None and kept:
-            self._note(n, watch, shown)
+            self._note(TEXT if modalities is None else self.items, spans, appearance, shown)
         self.positions.following, self.tokens = following, self.tokens + n
         self.items += modalities is not None
         logits: Tensor = out.logits[:, -1]
         return logits
 
-    def _note(self, n: int, watch: Watch, shown: Memory) -> None:
-        """Record items and places of the new rows of the widest layer.
+    def _note(
+        self, item: int, spans: Sequence[VisualSpan], appearance: Tensor, shown: Memory
+    ) -> None:
+        """Record item, place and appearance (n, d) of the new rows of the widest layer.
 
         `shown`: what the cache showed before. The item also shows rows that its pictures repeat.
         """
@@ -155,12 +145,9 @@ class Conversation:
         columns = held_columns(layer)[0]
         columns = columns[columns >= self.tokens]
         own, device = columns - self.tokens, columns.device
-        item = TEXT if watch.spans is None else self.items
-        places = self._places.of(watch.spans or [], n).to(device)
-        appearance = torch.zeros(len(own), 0, device=device)
-        if watch.appearance is not None:
-            appearance = watch.appearance.to(device)[own]
-        new = Held(columns, torch.full_like(columns, item), places[own], appearance)
+        places = self._places.of(spans, len(appearance)).to(device)
+        items = torch.full_like(columns, item)
+        new = Held(columns, items, places[own], appearance.to(device)[own])
         held = new if self._held is None else self._held.joined(new)
         rows = memory_of(self.cache).since(shown)
         self._held = replace(held, items=held.items.index_fill(0, rows.to(device), item))
@@ -185,26 +172,18 @@ class Conversation:
 
     def _check_room(self, rows: int, tokens: int, kept_text: bool) -> None:
         budget = self.budget
-        if budget is None or self.texts + rows <= budget:
+        texts = 0 if self._held is None else int((self._held.items == TEXT).sum())
+        if budget is None or texts + rows <= budget:
             return
         what = f"{tokens} tokens of text" if kept_text else f"a chunk of {tokens} tokens"
         after = "" if rows == tokens else f" ({rows} rows after compression)"
-        fix = (
-            "or open a new session"
-            if kept_text
-            else "append fewer or smaller frames at once, or raise the ratio of the patch"
-        )
+        fix = "append fewer or smaller frames at once, or raise the ratio of the patch"
+        fix = "or open a new session" if kept_text else fix
         raise SessionError(
-            f"{what}{after} and {self.texts} rows of text, which are always kept: more than "
-            f"budget={budget}. Allowed are {max(0, budget - self.texts)} rows. Raise the budget, "
+            f"{what}{after} and {texts} rows of text, which are always kept: more than "
+            f"budget={budget}. Allowed are {max(0, budget - texts)} rows. Raise the budget, "
             f"{fix}. Nothing was added."
         )
-
-    def check_chunk(self, spans: Sequence[VisualSpan], n: int) -> None:
-        """Raise `SessionError` if media in `n` columns that are about to run do not fit."""
-        handle = handle_of(self.adapter.model)
-        rows = rows_of(handle, spans, n, len(self.adapter.layers))
-        self._check_room(rows, n, kept_text=False)
 
 
 def join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -216,12 +195,9 @@ def join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     joined = {}
     for name in names:
         own = [part.get(name) for part in parts]
+        known = [x for x in own if x is not None]
         if name in BY_TOKEN:
-            known = next(x for x in own if x is not None)
-            zeros = [torch.zeros_like(part["input_ids"]).to(known.dtype) for part in parts]
-            joined[name] = torch.cat(
-                [z if x is None else x for x, z in zip(own, zeros, strict=True)], 1
-            )
-        else:
-            joined[name] = torch.cat([x for x in own if x is not None])
+            zeros = [torch.zeros_like(part["input_ids"], dtype=known[0].dtype) for part in parts]
+            known = [z if x is None else x for x, z in zip(own, zeros, strict=True)]
+        joined[name] = torch.cat(known, 1 if name in BY_TOKEN else 0)
     return joined

@@ -21,12 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.cache import (
-    WHOLE,
-    CompressedLayer,
-    compress_layer,
-    physical_length,
-)
+from tokencomp.engine.cache import WHOLE, CompressedLayer, compress_layer, physical_length
 from tokencomp.engine.layer_types import Indexed, LayerTypes
 from tokencomp.engine.rowmap import RowMap
 from tokencomp.errors import OptionError, UnsupportedCacheError, UnsupportedModelError
@@ -147,11 +142,6 @@ class Mark:
 
     Layers that hold all rows are cut to their earlier length. All others (recurrent states, sliding
     windows) are copied: for a hybrid decoder a mark costs its states, not its rows.
-
-    Parameters
-    ----------
-    cache
-        A `DynamicCache`.
     """
 
     def __init__(self, cache: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity, pad
 
 from tokencomp.tokens.tokens import VisualSpan
 
@@ -43,29 +44,21 @@ class Held:
     def __len__(self) -> int:
         return self.columns.numel()
 
-    @property
-    def texts(self) -> int:
-        """Number of rows that are never evicted."""
-        return int((self.items == TEXT).sum())
-
     def joined(self, new: Held) -> Held:
-        wide = max(self.appearance, new.appearance, key=lambda x: x.shape[1])
-        appearance = torch.cat([_padded(x, wide) for x in (self.appearance, new.appearance)])
+        """All rows; those without appearance get zeros where others have one."""
+        both = self.appearance, new.appearance
+        wide = max(both, key=lambda x: x.shape[1])
+        missing = [wide.shape[1] - x.shape[1] for x in both]
+        padded = [pad(x.to(wide), (0, n)) for x, n in zip(both, missing, strict=True)]
         return Held(
             torch.cat([self.columns, new.columns]),
             torch.cat([self.items, new.items]),
             torch.cat([self.places, new.places]),
-            appearance,
+            torch.cat(padded),
         )
 
     def rows(self, index: Tensor) -> Held:
         return Held(*(getattr(self, f.name)[index] for f in fields(self)))
-
-
-def _padded(appearance: Tensor, wide: Tensor) -> Tensor:
-    """Pad missing appearance with zeros of the given width and dtype."""
-    same = appearance.shape[1] == wide.shape[1]
-    return appearance if same else wide.new_zeros(len(appearance), wide.shape[1])
 
 
 class PatchPlaces:
@@ -104,12 +97,6 @@ def newest_of(places: Tensor) -> Tensor:
     return last.scatter_reduce(0, slots, rows, "amax")[slots]
 
 
-def newest(places: Tensor) -> Tensor:
-    """Which rows are the newest ones of their place, bool, shape (n,); never without a place."""
-    rows = torch.arange(len(places), device=places.device)
-    return (newest_of(places) == rows) & (places != NOWHERE)
-
-
 Order = Callable[[Held], Tensor]
 
 
@@ -130,27 +117,23 @@ def redundant(held: Held) -> Tensor:
     n, media = len(held), held.items != TEXT
     patch = media & (held.places != NOWHERE)
     rows = patch.nonzero()[:, 0]
-    alike = _alike(held.places[rows], held.appearance[rows].float())
+    last, seen = newest_of(held.places[rows]), held.appearance[rows].float()
+    cosine = cosine_similarity(seen, seen[last], dim=-1)
+    # Rounded, so that of equal pictures the oldest goes and not one that rounding picks.
+    newest = last == torch.arange(len(rows), device=rows.device)
+    alike = torch.where(newest, -2.0, cosine.round(decimals=4))
     age = torch.sort(held.items[rows], stable=True).indices
     order = rows[age][torch.sort(alike[age], descending=True, stable=True).indices]
     rank = torch.full((n,), -1, device=rows.device)
     rank[order] = torch.arange(len(order), device=rows.device)
     other = (media & ~patch).nonzero()[:, 0]
-    last = rank.new_full((int(held.items.max()) + 1,), -1)
-    last.scatter_reduce_(0, held.items[rows], rank[rows], "amax")
-    rank[other] = last[held.items[other]]
+    closing = rank.new_full((int(held.items.max()) + 1,), -1)
+    closing.scatter_reduce_(0, held.items[rows], rank[rows], "amax")
+    rank[other] = closing[held.items[other]]
     # The patch that closes an item comes before its delimiters: both have its rank.
     going = media.nonzero()[:, 0]
     key = 2 * rank[going] + (held.places[going] == NOWHERE)
     return going[torch.sort(key, stable=True).indices]
-
-
-def _alike(places: Tensor, appearance: Tensor) -> Tensor:
-    """Cosine of every row with the newest row of its place, float32 (n,); -2 for the newest."""
-    last = newest_of(places)
-    cosine = torch.nn.functional.cosine_similarity(appearance, appearance[last], dim=-1)
-    # Rounded, so that of equal pictures the oldest goes and not one that rounding picks.
-    return torch.where(newest(places), -2.0, cosine.round(decimals=4))
 
 
 POLICIES: dict[str, Order] = {"oldest": oldest, "redundant": redundant}

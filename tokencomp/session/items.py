@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokencomp.errors import FrameChoiceWarning, FrameOrderError, MediaError, OptionError
 from tokencomp.inputs.prompts import chat_inputs
-from tokencomp.inputs.video import Sampling, Video
+from tokencomp.inputs.video import Sampling, sampling_of
 from tokencomp.inputs.video.frame_times import frames_of_a_step
 from tokencomp.validation import fits
 
@@ -37,7 +37,7 @@ class FrameClock:
         They are `needed` if the processor writes times.
         """
         if seconds is None:
-            times = self._own(frames)
+            times = sampling_of(frames).seconds
             if times is None and needed:
                 raise OptionError(
                     "append(frames): the model reads when each frame was shown. Allowed: "
@@ -73,15 +73,6 @@ class FrameClock:
         step = (known[-1] - known[0]) / (len(known) - 1) if len(known) > 1 else self.step
         total = max(1, round(len(times) * step * CLOCK))
         return Sampling(tuple(round(t * CLOCK) for t in times), total, float(CLOCK))
-
-    @staticmethod
-    def _own(frames: Sequence[Any]) -> list[float] | None:
-        sampling = frames.sampling if isinstance(frames, Video) else None
-        if sampling is not None and sampling.times is not None:
-            return list(sampling.times)
-        if sampling is None or sampling.fps is None:
-            return None
-        return [i / sampling.fps for i in sampling.indices]
 
     def _check(self, times: list[float]) -> None:
         known = times if self.last is None else [self.last, *times]

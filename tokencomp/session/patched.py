@@ -25,11 +25,8 @@ def check_patch(handle: Handle | None, modalities: Tensor | None) -> None:
             'the patch has positions="compact", which are counted again for every part. A session '
             'needs positions="original" (the default of patch).'
         )
-    names = (
-        []
-        if modalities is None
-        else [MODALITIES[int(code)] for code in modalities.unique() if code]
-    )
+    codes = [] if modalities is None else modalities.unique().tolist()
+    names = [MODALITIES[code] for code in codes if code]
     for stage in handle.plan.stages:
         if names and stage.budget is not None and stage.budget.whole_prompt:
             raise OptionError(

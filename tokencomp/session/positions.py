@@ -20,12 +20,7 @@ class Positions:
 
     With M-RoPE the model computes positions of one part from 0 on. They are shifted after the
     largest position so far, as the model does after an image. Once per modality this is checked, on
-    a part that is repeated in one prompt.
-
-    Attributes
-    ----------
-    following
-        The position of the next token.
+    a part that is repeated in one prompt. `following` is the position of the next token.
     """
 
     def __init__(self, adapter: Adapter) -> None:

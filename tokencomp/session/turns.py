@@ -8,6 +8,7 @@ when it is needed: ids in the cache are never recomputed.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from tokencomp.errors import OptionError, UnsupportedModelError
@@ -32,7 +33,9 @@ class Turns:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         empty, one = self._render(), self._render(_text(A))
         before, _, after = one.partition(A)
-        tail = _common_end(empty, after)
+        ends = zip(reversed(empty), reversed(after), strict=False)
+        tail = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
+        tail = tail[::-1]  # the longest common end
         self._head, self._tail = empty[: len(empty) - len(tail)], tail
         self._before, self._after = before[len(self._head) :], after[: len(after) - len(tail)]
         if not before.startswith(self._head):
@@ -42,8 +45,11 @@ class Turns:
         between, _, end = rest.partition(self._before + C)
         if not rest or end != self._after + tail:
             raise self._uneven("a second turn")
-        self.open, self.answer = self._opening(), self.ids(tail)
-        self.reopen = self.ids(between)
+        self.answer, self.reopen = self.ids(tail), self.ids(between)
+        self.open, whole = self.ids(self._head), self.tokenizer(self._head)["input_ids"]
+        bos = getattr(self.tokenizer, "bos_token", None)
+        if whole[1:] == self.open and not (bos and self._head.startswith(bos)):
+            self.open = whole  # with the BOS token of this tokenizer
 
     def ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -84,13 +90,6 @@ class Turns:
             raise self._uneven(f"a {what}")
         return text[len(self._head) : len(text) - len(self._tail)]
 
-    def _opening(self) -> list[int]:
-        """Ids of the beginning, with the BOS token of this tokenizer."""
-        plain, whole = self.ids(self._head), self.tokenizer(self._head)["input_ids"]
-        bos = getattr(self.tokenizer, "bos_token", None)
-        written = bos and self._head.startswith(bos)
-        return plain if written or whole[1:] != plain else whole
-
     def _uneven(self, what: str) -> OptionError:
         return OptionError(
             f"the chat template of {type(self._processor).__name__} writes {what} in a way that "
@@ -102,11 +101,3 @@ class Turns:
 
 def _text(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
-
-
-def _common_end(a: str, b: str) -> str:
-    """The longest common suffix."""
-    n = 0
-    while n < min(len(a), len(b)) and a[-n - 1] == b[-n - 1]:
-        n += 1
-    return a[len(a) - n :]

@@ -45,6 +45,13 @@ class Sampling:
     times: tuple[float, ...] | None = None
     rule: str = "even"
 
+    @property
+    def seconds(self) -> list[float] | None:
+        """Seconds of every frame from the first of the video; None if unknown."""
+        if self.times is not None:
+            return [*self.times]
+        return None if self.fps is None else [index / self.fps for index in self.indices]
+
     def metadata(self) -> dict[str, Any]:
         """The sampling in the form of `video_metadata`, an argument of transformers' processors.
 
