@@ -40,7 +40,7 @@ def loaded(folder: Path) -> tuple[Any, Any]:
 @pytest.fixture(scope="session")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """Three image and two video questions on real files."""
-    from tokencomp.evaluation import shapesqa
+    from tokencomp.zoo.shapesqa.examples import shapesqa
     from tokencomp.zoo.shapesqa.items import items
 
     media = tmp_path_factory.mktemp("media")

@@ -161,11 +161,8 @@ def faster(samples: np.ndarray, share: float) -> np.ndarray:
     return (np.fft.irfft(spectrum, kept) * (kept / n)).astype(samples.dtype)
 
 
-def has_budget(processor: Any) -> bool:
-    return _knob(processor) is not None
-
-
-def _knob(processor: Any) -> str | None:
+def has_budget(processor: Any) -> str | None:
+    """The name of the processor's budget of tokens per image among `BUDGETS`, if it has one."""
     images = getattr(processor, "image_processor", None)
     return next((name for name in BUDGETS if isinstance(getattr(images, name, None), int)), None)
 
@@ -173,7 +170,7 @@ def _knob(processor: Any) -> str | None:
 @contextlib.contextmanager
 def native_budget(processor: Any, ratio: float) -> Iterator[int]:
     """Set the processor's budget of tokens to about `1 - ratio` of it in the block; yield it."""
-    name = _knob(processor)
+    name = has_budget(processor)
     if name is None:
         raise OptionError(
             "this model's processor has no budget of visual tokens; use 'downscale' "
@@ -182,11 +179,9 @@ def native_budget(processor: Any, ratio: float) -> Iterator[int]:
     images, allowed = processor.image_processor, BUDGETS[name]
     usual = getattr(images, name)
     target = (1 - ratio) * usual
-    budget = (
-        max(1, round(target))
-        if allowed is None
-        else min(allowed, key=lambda n: (abs(n - target), n))
-    )
+    budget = max(1, round(target))
+    if allowed is not None:
+        budget = min(allowed, key=lambda n: (abs(n - target), n))
     setattr(images, name, budget)
     if hasattr(images, "min_image_tokens"):
         least = images.min_image_tokens

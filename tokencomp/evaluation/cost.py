@@ -46,9 +46,7 @@ def _cost(
     rows = [length - visual + n for n in per_layer]
     first = len(rows) if merged_from is None else merged_from
     held = [*zip(layers, rows, strict=True)]
-    flops = sum(
-        layer.flops(n, 0, i >= first) for i, (layer, n) in enumerate(zip(layers, rows, strict=True))
-    )
+    flops = sum(layer.flops(n, 0, i >= first) for i, (layer, n) in enumerate(held))
     kv_bytes = sum(layer.kv_bytes(n) for layer, n in held)
     decode = sum(layer.flops(1, n) for layer, n in held)
     return Cost(full, per_layer, flops, kv_bytes, decode)

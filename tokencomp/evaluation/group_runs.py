@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.runs import FIRST, IDENTITY, EvalRun
+from tokencomp.evaluation.runs import IDENTITY, EvalRun
+from tokencomp.evaluation.settings import FIRST
 from tokencomp.evaluation.store import ASKED, MANIFEST
 
 FIX = "Make a report of each, or ask the same questions again with `tokencomp eval`."
@@ -69,8 +70,8 @@ def _check_same(first: EvalRun, run: EvalRun) -> None:
 
 
 def _order(run: EvalRun) -> tuple[int, str, list[float]]:
+    """Baselines first, then by name; of a name numbers, ratios by modality, and budgets."""
     name, ratio = run.identity["reducer"], run.ratio
-    numbers: list[float]
     if isinstance(ratio, str):  # a budget
         numbers = [2.0, *map(float, re.findall(r"\d+", ratio))]
     else:

@@ -8,22 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.settings import (
-    DOWNSCALE,
-    FEWER_FRAMES,
-    FULL,
-    NATIVE,
-    PLAN,
-    RANDOM,
-    UNIFORM,
-    Setting,
-)
+from tokencomp.evaluation.settings import PLAN, RANDOM, Setting
 from tokencomp.evaluation.store import MANIFEST, read_records
 from tokencomp.plan.counts import ratio_text
 from tokencomp.storage import read_object
 
-FIRST = (FULL, RANDOM, UNIFORM, DOWNSCALE, FEWER_FRAMES, NATIVE)
-"""Methods that come first in tables."""
 IDENTITY = ("reducer", "ratio", "options")
 """Keys of a manifest's identity that say which setting a run is of."""
 

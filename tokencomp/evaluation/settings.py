@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +29,9 @@ INPUT_BASELINES = {
     FEWER_FRAMES: "fewer video frames (smaller images) for as few tokens (baseline)",
     NATIVE: "the model's own budget of tokens per image, where its processor has one (baseline)",
 }
+
+FIRST = (FULL, RANDOM, UNIFORM, *INPUT_BASELINES)
+"""Methods that come first in tables."""
 
 
 @dataclass(frozen=True)
@@ -162,22 +166,14 @@ def grid(
     asked: list[dict[str, Any]] = [{"budget": budget} for budget in budgets]
     asked += [{"ratio": ratio} for ratio in ratios]
     media = {name: value for name, value in options.items() if name not in (*TOWER, *OPTIONS)}
-    each = {name: media if name in INPUT_BASELINES else options for name in reducers}
-    return [
-        Setting(),
-        *(
-            Setting(name, options=own, **a)
-            for name, own in each.items()
-            for a in asked
-            if _removes(name, **a)
-        ),
-    ]
-
-
-def _removes(name: str, ratio: Any = None, budget: Any = None) -> bool:
-    """Whether a reducer removes anything at a ratio or budget."""
-    above = any(ratio.values()) if isinstance(ratio, Mapping) else ratio
-    return budget is not None or bool(above) or usual_ratio(name) == 0
+    found = [Setting()]
+    for name, amount in itertools.product(dict.fromkeys(reducers), asked):
+        ratio = amount.get("ratio")
+        above = any(ratio.values()) if isinstance(ratio, Mapping) else ratio
+        if above or "budget" in amount or usual_ratio(name) == 0:
+            own = media if name in INPUT_BASELINES else options
+            found.append(Setting(name, options=own, **amount))
+    return found
 
 
 def seeded(settings: Sequence[Setting], seeds: int) -> list[Setting]:

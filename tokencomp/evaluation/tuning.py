@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from tokencomp.adapters.registry import adapter_for
@@ -146,7 +146,6 @@ def search(
     *,
     batch_size: int = 8,
     max_new_tokens: int = 16,
-    name: str = "",
 ) -> list[Candidate]:
     """Measure the candidates in turn, batch by batch, so that slow moments affect all equally.
 
@@ -155,37 +154,26 @@ def search(
     from tqdm.auto import tqdm
 
     how: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    how |= {"name": name, "progress": False}
+    how["progress"] = False
     runs = {c: EvalRun(c.setting) for c in candidates}
     groups = list(dict.fromkeys((c.frames, c.scale) for c in candidates))
     batches = [items[k : k + batch_size] for k in range(0, len(items), batch_size)]
     rounds = [*itertools.product(batches[:1], groups), *itertools.product(batches, groups)]
     for number, (batch, (frames, scale)) in enumerate(tqdm(rounds, desc="measuring")):
         group = [c for c in candidates if (c.frames, c.scale) == (frames, scale)]
-        scaled = [
-            Scaled(
-                e.id, e.prompt, e.answer, e.media, e.family, also=e.also, facts=e.facts, scale=scale
-            )
-            for e in batch
-        ]
+        known = [{f.name: getattr(e, f.name) for f in fields(Example)} for e in batch]
+        scaled = [Scaled(**one, scale=scale) for one in known]
         settings = [c.setting for c in group]
         answered = sweep(model, processor, scaled, settings, frames=frames, **how)
         for c in group if number >= len(groups) else ():  # the first round is to warm up
             runs[c].records += answered[c.setting].records
-    measured = [_result(c, runs[c]) for c in candidates]
+    measured = []
+    for c, run in runs.items():
+        means = (run.mean_tokens, run.mean("seconds"), run.mean("correct"), len(run.answered))
+        tokens, seconds, accuracy, items = means if run.answered else (0.0, 0.0, 0.0, 0)
+        new = {"tokens": tokens, "seconds": seconds, "accuracy": accuracy, "items": items}
+        measured.append(replace(c, **new))
     return sorted(measured, key=lambda c: (-c.accuracy, c.tokens))
-
-
-def _result(c: Candidate, run: EvalRun) -> Candidate:
-    if not run.answered:
-        return replace(c, tokens=0.0, seconds=0.0, accuracy=0.0, items=0)
-    return replace(
-        c,
-        tokens=run.mean_tokens,
-        seconds=run.mean("seconds"),
-        accuracy=run.mean("correct"),
-        items=len(run.answered),
-    )
 
 
 def within(measured: Sequence[Candidate], tokens: float) -> list[Candidate]:
