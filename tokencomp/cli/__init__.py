@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,17 +28,11 @@ def one_message() -> Iterator[None]:
 
     try:
         yield
-    except (TokenCompError, _kernel_error(TokenCompError)) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except ModuleNotFoundError as error:
-        if (missing := missing_package(error)) is None:
+    except Exception as error:
+        message: Any = missing_package(error) if isinstance(error, ModuleNotFoundError) else error
+        kernels = sys.modules.get("tokencomp.kernels.errors")  # which import nothing of the package
+        typed = TokenCompError if kernels is None else (TokenCompError, kernels.KernelError)
+        if not isinstance(message, typed):
             raise
-        print(f"error: {missing}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def _kernel_error(without: type[Exception]) -> type[Exception]:
-    """The kernels' error type, or `without` if they are not imported."""
-    module = sys.modules.get("tokencomp.kernels.errors")
-    return without if module is None else module.KernelError

@@ -30,23 +30,20 @@ def run_questions(
     name: str,
     questions: FileQuestions,
     folders: Folders,
-    *,
-    frames: int | str,
-    batch_size: int,
-    max_new_tokens: int,
+    **how: Any,
 ) -> list[EvalRun]:
-    """Answer the questions under every setting, and draw lost items."""
+    """Answer the questions under every setting, as `sweep` with `how`, and draw lost items."""
     from tokencomp.evaluation.runner import sweep
     from tokencomp.pages.lost import draw_lost, write_lost
 
-    how: dict[str, Any] = {"name": public_name(name), "data": questions.label, "frames": frames}
-    how |= {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    how |= {"name": public_name(name), "data": questions.label}
     runs = sweep(*loaded, questions, list(folders), dict(folders), **how)
     by_id, full = {e.id: e for e in questions}, next((s for s in folders if s.off), None)
     for setting, run in runs.items():
         if full and setting.active and setting.name != RANDOM and process_rank()[0] == 0:
             out = folders[setting]
-            write_lost(out, draw_lost(*loaded, run, runs[full], by_id, out, frames=frames))
+            lost = draw_lost(*loaded, run, runs[full], by_id, out, frames=how["frames"])
+            write_lost(out, lost)
     return list(runs.values())
 
 

@@ -22,12 +22,6 @@ FIRST = ("model", "data", "image", "video", "question", "reducer", "ratio", "bud
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Embedded model, local folder, or hub id.")
 ]
-Images = Annotated[
-    list[Path] | None, typer.Option("--image", "-i", help="Image file; may be repeated.")
-]
-Videos = Annotated[
-    list[Path] | None, typer.Option("--video", "-v", help="Video file; may be repeated.")
-]
 Question = Annotated[str, typer.Option("--question", "-q", help="What to ask.")]
 Reducers = Annotated[
     str,
@@ -38,38 +32,6 @@ Reducers = Annotated[
         "'condiv(power=2),kcenter'. In demo, eval, inspect and profile "
         "all: every one that fits the model.",
     ),
-]
-Ratios = Annotated[
-    str,
-    typer.Option(
-        "--ratio",
-        help="Ratios in [0, 1), separated by commas; 0 = off. Or one per modality, such as "
-        "video=0.75,audio=0.5; several of these are separated by semicolons.",
-    ),
-]
-Budgets = Annotated[
-    str | None,
-    typer.Option(
-        "--budget",
-        help="In place of --ratio: visual tokens kept of every image or clip, separated by "
-        "commas; prompt=4096: of all media of a prompt together.",
-    ),
-]
-PlanFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--plan", help="JSON file with explicit stages, instead of --reducer and --ratio."
-    ),
-]
-TowerRatio = Annotated[
-    str,
-    typer.Option(
-        "--tower-ratio",
-        help='Share of the vision tower to remove, from 0 (off) to the ratio; or "auto".',
-    ),
-]
-TowerReducer = Annotated[
-    str, typer.Option("--tower-reducer", help="What chooses the patches that the tower sees.")
 ]
 Frames = Annotated[
     str,
@@ -85,15 +47,6 @@ MaxNewTokens = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help='"auto", "cpu", "cuda", "cuda:1", ...')]
 Dtype = Annotated[str, typer.Option("--dtype", help='"auto", float32, bfloat16, float16.')]
-ImageMaxTokens = Annotated[
-    int | None,
-    typer.Option(
-        "--image-max-tokens",
-        min=1,
-        help="Scale larger images down to this many tokens before the vision tower (Qwen-VL, "
-        "GLM-V, Gemma 4, ...), and then compress; six times --budget, not for documents.",
-    ),
-]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -101,8 +54,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 class StageFlags(StageOptions):
     """The options of stages, and the stage in the vision tower."""
 
-    tower_ratio: TowerRatio = "0"
-    tower_reducer: TowerReducer = "auto"
+    tower_ratio: Annotated[
+        str,
+        typer.Option(
+            "--tower-ratio",
+            help='Share of the vision tower to remove, from 0 (off) to the ratio; or "auto".',
+        ),
+    ] = "0"
+    tower_reducer: Annotated[
+        str, typer.Option("--tower-reducer", help="What chooses the patches that the tower sees.")
+    ] = "auto"
 
     @property
     def stages(self) -> dict[str, Any]:
@@ -120,9 +81,28 @@ class MethodOptions(StageFlags):
     """Reducers at ratios, or a plan."""
 
     reducer: Reducers = "auto"
-    ratio: Ratios = "0.5,0.75,0.9"
-    budget: Budgets = None
-    plan: PlanFile = None
+    ratio: Annotated[
+        str,
+        typer.Option(
+            "--ratio",
+            help="Ratios in [0, 1), separated by commas; 0 = off. Or one per modality, such as "
+            "video=0.75,audio=0.5; several of these are separated by semicolons.",
+        ),
+    ] = "0.5,0.75,0.9"
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            help="In place of --ratio: visual tokens kept of every image or clip, separated by "
+            "commas; prompt=4096: of all media of a prompt together.",
+        ),
+    ] = None
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan", help="JSON file with explicit stages, instead of --reducer and --ratio."
+        ),
+    ] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +112,15 @@ class Source:
     model: Model = DEFAULT_MODEL
     device: Device = "auto"
     dtype: Dtype = "auto"
-    image_max_tokens: ImageMaxTokens = None
+    image_max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--image-max-tokens",
+            min=1,
+            help="Scale larger images down to this many tokens before the vision tower (Qwen-VL, "
+            "GLM-V, Gemma 4, ...), and then compress; six times --budget, not for documents.",
+        ),
+    ] = None
 
     @functools.cached_property
     def loaded(self) -> tuple[Any, Any]:
@@ -151,8 +139,12 @@ class Source:
 class Files:
     """Media, and the question about them."""
 
-    image: Images = None
-    video: Videos = None
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="Image file; may be repeated.")
+    ] = None
+    video: Annotated[
+        list[Path] | None, typer.Option("--video", "-v", help="Video file; may be repeated.")
+    ] = None
     question: Question = "Describe what you see."
     frames: Frames = "8"
 

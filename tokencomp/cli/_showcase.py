@@ -62,7 +62,9 @@ def _pictures(
     stats: Any, media: Sequence[Any], shrunk: Sequence[Any]
 ) -> tuple[list[Any], list[tuple[int, list[Any]]]]:
     """The fields `pictures` and `layers` of an answer."""
-    stages, side = [], _side(media)
+    stages, side = [], SIDE  # of drawn pictures: small where there are clips
+    if all(isinstance(one, Image.Image) for one in media):
+        side = min(max([SIDE, *(max(one.size) for one in media)]), LARGE)
     if stats and media:
         drawn = kept_tiles(media, stats, side=side)
         for layer in stats.stage_layers:
@@ -71,13 +73,6 @@ def _pictures(
     else:
         drawn = [(m, plain_tiles(m, side)) for m in shrunk]
     return [strip(t) for _, t in drawn], stages
-
-
-def _side(media: Sequence[Any]) -> int:
-    """Longer side of drawn pictures: that of the largest image, and small where there are clips."""
-    if not all(isinstance(one, Image.Image) for one in media):
-        return SIDE
-    return min(max([SIDE, *(max(one.size) for one in media)]), LARGE)
 
 
 def time_prefill(

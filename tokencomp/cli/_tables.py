@@ -9,6 +9,8 @@ from tokencomp.evaluation.metrics import Difference, Retention
 
 COLUMNS = 6
 """Settings whose scores are printed next to each other; the page of a report has all."""
+MOST = 10_000
+"""Characters that no table needs in a line."""
 NAMES = ("method", "ratio")
 """Columns that wrap where a caller does not name others."""
 
@@ -49,10 +51,6 @@ def print_table(
         console.print(f"[dim italic]{caption}[/]")
 
 
-MOST = 10_000
-"""Characters that no table needs in a line."""
-
-
 def _named(line: Any) -> tuple[str, str]:
     """Method and ratio of a line; ratios by modality may wrap after commas."""
     return line.label, line.run.shown_ratio.replace(",", ", ")
@@ -62,18 +60,12 @@ def print_lines(console: Any, lines: Sequence[Any]) -> None:
     """The table of a report's lines, then their comparisons with the baselines."""
     rows = []
     for line in lines:
-        failed, any_answer = len(line.run.failed), bool(line.run.answered)
-        rows.append(
-            (
-                *_named(line),
-                f"{line.run.mean('ratio'):.3f}" if any_answer else "–",
-                f"{len(line.run.answered)}" + (f"\n({failed} failed)" if failed else ""),
-                f"{line.accuracy:.1%}" if any_answer else "–",
-                retained(line.retention),
-            )
-        )
-    names = (*NAMES, "reached", "items", "accuracy", "retention")
-    print_table(console, names, rows)
+        failed, answered = len(line.run.failed), len(line.run.answered)
+        reached = f"{line.run.mean('ratio'):.3f}" if answered else "–"
+        items = f"{answered}" + (f"\n({failed} failed)" if failed else "")
+        accuracy = f"{line.accuracy:.1%}" if answered else "–"
+        rows.append((*_named(line), reached, items, accuracy, retained(line.retention)))
+    print_table(console, (*NAMES, "reached", "items", "accuracy", "retention"), rows)
     if len(lines) > 1:
         _print_rivals(console, lines[1:])
     _print_facts(console, lines)
@@ -120,29 +112,19 @@ def _print_facts(console: Any, lines: Sequence[Any]) -> None:
     shown = [(line, line.facts) for line in lines if line.facts is not None]
     if not places or not shown:
         return
-    rows = [
-        (
-            *_named(line),
-            *(_share(facts.by_place[k]) for k in places),
-            f"{facts.left_out:.0%}",
-            f"{facts.invented:.1f}",
-        )
-        for line, facts in shown
-    ]
-    counts = ("facts", "", *(str(shown[0][1].facts[k]) for k in places), "", "")
+    rows = [("facts", "", *(str(shown[0][1].facts[k]) for k in places), "", "")]
+    for line, facts in shown:
+        shares = ["–" if (v := facts.by_place[k]) != v else f"{v:.0%}" for k in places]
+        rows.append((*_named(line), *shares, f"{facts.left_out:.0%}", f"{facts.invented:.1f}"))
     print_table(
         console,
         (*NAMES, *places.values(), "left out", "invented"),
-        [counts, *rows],
+        rows,
         gap=1,
         title="\nFacts by their place in the answer",
         caption="By place: right facts, divided by the full model's; of the full model, by all. "
         "Left out: of all facts. Invented: statements without any fact, per answer.",
     )
-
-
-def _share(value: float) -> str:
-    return "–" if value != value else f"{value:.0%}"
 
 
 def _print_scores(console: Any, lines: Sequence[Any]) -> None:

@@ -103,7 +103,7 @@ def command(
     console.print(f"\nRun folders: [bold]{output}[/]. Next: tokencomp report {output}")
 
 
-def _with_baselines(settings: list[Any], seeds: int, native: bool = False) -> list[Any]:
+def _with_baselines(settings: list[Any], seeds: int, native: str | None = None) -> list[Any]:
     """The full model, the baselines at the same ratios, then the requested settings."""
     from tokencomp.evaluation.settings import DOWNSCALE, NATIVE, RANDOM, UNIFORM, grid, seeded
 

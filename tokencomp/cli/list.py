@@ -103,7 +103,10 @@ def _print_models(console: Any) -> None:
     types: dict[Any, list[str]] = {}
     for model_type, cls in available_models().items():
         types.setdefault(cls, []).append(model_type)
-    embedded = {name: _model_type(name) for name in packaged.available_models()}
+    embedded = {}
+    for name in packaged.available_models():
+        config = json.loads((packaged.model_path(name) / "config.json").read_text())
+        embedded[name] = str(config.get("model_type"))
     rows = []
     for cls, names in sorted(types.items(), key=lambda item: item[0].family):
         own = "".join(f"\n[dim]{name}[/]" for name, kind in embedded.items() if kind in names)
@@ -131,12 +134,6 @@ def stages(model_type: str) -> str:
     except ValueError:  # a class of ours that is not imported yet
         first = 1
     return f"entry, layers >= {first}"
-
-
-def _model_type(name: str) -> str:
-    from tokencomp.inputs.packaged import model_path
-
-    return str(json.loads((model_path(name) / "config.json").read_text()).get("model_type"))
 
 
 def _print_types(console: Any) -> None:

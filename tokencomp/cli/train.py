@@ -105,16 +105,10 @@ def adsc(
     from tokencomp.training.adsc import CARD, AdscConfig, train_adsc
 
     name, own = parse.one_method(reducer, "train adsc")
-    config = AdscConfig(
-        schedule=tuple(part.strip() for part in schedule.split(",") if part.strip()),
-        reducer=name,
-        options=own,
-        rank=rank,
-        alpha=2 * rank,
-        steps=steps,
-        learning_rate=learning_rate,
-        **shared.config(),
-    )
+    phases = tuple(part.strip() for part in schedule.split(",") if part.strip())
+    lora: dict[str, Any] = {"rank": rank, "alpha": 2 * rank}
+    loop: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate, **shared.config()}
+    config = AdscConfig(schedule=phases, reducer=name, options=own, **lora, **loop)
     train_adsc(*shared.loaded, shared.data, output, config)
     _report(output / CARD, f"peft.PeftModel.from_pretrained(model, '{output}')")
 

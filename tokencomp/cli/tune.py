@@ -92,20 +92,11 @@ def _print(measured: list[Any], front: list[Any], tokens: float) -> None:
         )
         raise typer.Exit(1)
     names = ("frames", "scale", "method", "ratio", "tokens", "ms/answer", "accuracy", "n")
-    rows = [
-        (
-            "●" if c in front else "",
-            str(c.frames),
-            f"{c.scale:g}",
-            c.setting.name,
-            f"{c.setting.ratio:.3g}",
-            f"{c.tokens:.0f}",
-            f"{1e3 * c.seconds:.0f}",
-            f"{c.accuracy:.1%}",
-            str(c.items),
-        )
-        for c in measured
-    ]
+    rows = []
+    for c in measured:
+        choice = (str(c.frames), f"{c.scale:g}", c.setting.name, f"{c.setting.ratio:.3g}")
+        result = (f"{c.tokens:.0f}", f"{1e3 * c.seconds:.0f}", f"{c.accuracy:.1%}", str(c.items))
+        rows.append(("●" if c in front else "", *choice, *result))
     print_table(console, ("", *names), rows, gap=1)
     best = max(front, key=lambda c: c.accuracy)
     method = f"{best.setting.name} at {best.setting.ratio:.3g}"

@@ -82,7 +82,10 @@ def _tiny_model(model_class: type, config: Any, variant: Variant) -> TinyModel:
         model.set_attn_implementation("eager")
         torch.manual_seed(0)
         outer = model.get_decoder()
-        _check_size(outer)
+        count = sum(p.numel() for p in outer.parameters())
+        if count > LARGEST:  # it would run too long
+            size = f"{count / 1e6:.0f} million parameters in spite of its config"
+            raise ValueError(f"{type(outer).__name__} has {size}")
         path = next(name for name, module in model.named_modules() if module is outer)
         decoder: Any = type(outer)(outer.config)
         model.set_submodule(path, decoder)
@@ -97,14 +100,6 @@ def _tiny_model(model_class: type, config: Any, variant: Variant) -> TinyModel:
         if hasattr(getattr(module, "config", None), "_attn_implementation"):
             module.config._attn_implementation = "eager"
     return TinyModel(model.eval(), whole.eval(), config, text, decoder, specials, variant)
-
-
-def _check_size(decoder: nn.Module) -> None:
-    """Refuse a decoder of full size, which would run too long."""
-    count = sum(p.numel() for p in decoder.parameters())
-    if count > LARGEST:
-        name = type(decoder).__name__
-        raise ValueError(f"{name} has {count / 1e6:.0f} million parameters in spite of its config")
 
 
 def on_meta(model_class: type, config: Any, text: Any) -> Any:

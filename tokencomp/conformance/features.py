@@ -73,17 +73,13 @@ class Encoder:
         self.layout, self.width = Layout(), tiny.text_config.hidden_size
         self.images: list[Tensor] = []
         self.calls = 0
-        replaced = [m for m in self._owners() if self._method in dir(m)]
+        modules = [tiny.model, *(getattr(tiny.model, n, None) for n in ("base_model", "model"))]
+        owners = dict.fromkeys(m for m in modules if isinstance(m, nn.Module))
+        replaced = [m for m in owners if self._method in dir(m)]
         if not replaced:
             raise BuildError(f"{type(tiny.model).__name__} has no {self._method}")
         for module in replaced:
             self._replace(module)
-
-    def _owners(self) -> list[nn.Module]:
-        """The modules whose method may be called."""
-        model = self.tiny.model
-        modules = [model, *(getattr(model, name, None) for name in ("base_model", "model"))]
-        return list(dict.fromkeys(m for m in modules if isinstance(m, nn.Module)))
 
     def _replace(self, module: Any) -> None:
         """Let a module of the tiny model return features, by a subclass of its class."""

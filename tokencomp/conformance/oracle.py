@@ -66,7 +66,8 @@ def hidden(layers: Iterable[nn.Module], left: list[Tensor]) -> Iterator[None]:
             for mixer in mixers:
                 mixer.forward = _on_rows(mixer.forward, mask)
                 undo.append(lambda m=mixer: m.__dict__.pop("forward"))
-            hook = _hiding(mask, required=_attends(layer, mixers))
+            others = (m for m in layer.modules() if m is not layer and m not in mixers)
+            hook = _hiding(mask, required=any(_takes(m, "attention_mask") for m in others))
             undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
     finally:
@@ -108,14 +109,6 @@ def _hiding(left: Tensor, required: bool) -> Any:
         return None
 
     return hook
-
-
-def _attends(layer: nn.Module, mixers: list[nn.Module]) -> bool:
-    """Whether a module in a layer other than linear mixers takes a mask."""
-    return any(
-        module is not layer and module not in mixers and _takes(module, "attention_mask")
-        for module in layer.modules()
-    )
 
 
 def _takes(module: nn.Module, name: str) -> bool:

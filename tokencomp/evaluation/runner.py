@@ -288,19 +288,16 @@ class _Sweep:
                     return all([self._answer([row]) for row in loaded])
                 ours.fail(rows[0][0], str(error))
             except torch.OutOfMemoryError:
-                if len(rows) > 1:
-                    self._halve(len(rows))
+                if len(rows) > 1:  # halve the batch for good, below what did not fit
+                    self.batch_size = max(1, min(len(rows), self.batch_size) // 2)
+                    self.halved = True
+                    if torch.cuda.is_available():
+                        torch.cuda.empty_cache()
                     return False
                 ours.fail(rows[0][0], TOO_LARGE)
             else:
                 self._keep(ours, rows, batch)
         return True
-
-    def _halve(self, rows: int) -> None:
-        """Halve the batch size permanently, below the number of rows that did not fit."""
-        self.batch_size, self.halved = max(1, min(rows, self.batch_size) // 2), True
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def _keep(self, ours: _Asked, rows: list[Loaded], batch: Batch) -> None:
         ours.answered = True

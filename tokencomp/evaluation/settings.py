@@ -67,17 +67,12 @@ class Setting(Method):
                 "Give it a number, or leave it out."
             )
         if not self.name:
-            self._assign(name=FULL if self.off else self._reducer_name())
+            own = getattr(self.reducer, "name", "") or type(self.reducer).__name__
+            name = self.reducer if isinstance(self.reducer, str) else own
+            self._assign(name=FULL if self.off else PLAN if self.plan is not None else name)
         if self.off:
             self._assign(ratios={}, reducer=FULL, options={}, plan=None)
             self._assign(tower_ratio=0.0, tower_reducer="auto", **dict.fromkeys(OPTIONS))
-
-    def _reducer_name(self) -> str:
-        if self.plan is not None:
-            return PLAN
-        if isinstance(self.reducer, str):
-            return self.reducer
-        return self.reducer.name or type(self.reducer).__name__
 
     @property
     def names_reducer(self) -> bool:

@@ -170,9 +170,8 @@ def search(
     measured = []
     for c, run in runs.items():
         means = (run.mean_tokens, run.mean("seconds"), run.mean("correct"), len(run.answered))
-        tokens, seconds, accuracy, items = means if run.answered else (0.0, 0.0, 0.0, 0)
-        new = {"tokens": tokens, "seconds": seconds, "accuracy": accuracy, "items": items}
-        measured.append(replace(c, **new))
+        tokens, seconds, accuracy, count = means if run.answered else (0.0, 0.0, 0.0, 0)
+        measured.append(replace(c, tokens=tokens, seconds=seconds, accuracy=accuracy, items=count))
     return sorted(measured, key=lambda c: (-c.accuracy, c.tokens))
 
 

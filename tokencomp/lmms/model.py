@@ -106,13 +106,13 @@ class TokenComp(lmms):
             groups.setdefault((limit, stops), []).append(example)
         for (limit, stops), examples in groups.items():
             self.examples |= {example.id: example for example in examples}
-            folders = None if self.results is None else {self.setting: self._folder(limit)}
+            folder = None if self.results is None else self.results / f"{ANSWERS}{limit}"
             run = sweep(
                 self.model,
                 self.processor,
                 examples,
                 [self.setting],
-                folders,
+                None if folder is None else {self.setting: folder},
                 batch_size=self.batch_size,
                 frames=self.frames,
                 max_new_tokens=limit,
@@ -124,9 +124,6 @@ class TokenComp(lmms):
                 self._records[record["id"]] = record
                 answers[record["id"]] = _cut(record.get("prediction", ""), stops)
         return [answers[_key(r)] for r in requests]
-
-    def _folder(self, limit: int) -> Path:
-        return Path(str(self.results)) / f"{ANSWERS}{limit}"
 
     @property
     def records(self) -> dict[str, dict[str, Any]]:

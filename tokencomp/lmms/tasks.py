@@ -39,11 +39,11 @@ def find_tasks(names: Sequence[str], data: LocalData | None, home: Path) -> list
             close = difflib.get_close_matches(name, manager.all_tasks, n=8, cutoff=0.4)
             raise unknown_name("task", name, close or ["mlvu_dev", "mvbench"])
         every = list(_members(manager, name))
-        present = [m for m in every if data is None or data.has(_config(manager, m))]
+        present = [m for m in every if data is None or data.has(manager._get_config(m))]
         if not present and data is not None:
-            raise data.missing(name, _config(manager, every[0]))
+            raise data.missing(name, manager._get_config(every[0]))
         members += present
-    configs = {name: _config(manager, name) for name in members}
+    configs = {name: manager._get_config(name) for name in members}
     if data is None:
         return [Task(name, data_set(c), {}) for name, c in configs.items()]
     for name, config in configs.items():
@@ -70,13 +70,9 @@ def _manager() -> Any:
     return tasks.TaskManager("ERROR", include_path=str(Path(__file__).parent))
 
 
-def _config(manager: Any, name: str) -> dict[str, Any]:
-    return manager._get_config(name)
-
-
 def _members(manager: Any, name: str) -> Iterator[str]:
     """Single tasks of a group, in order; a single task is a group of one."""
-    listed = _config(manager, name).get("task") if manager._name_is_group(name) else None
+    listed = manager._get_config(name).get("task") if manager._name_is_group(name) else None
     if manager._name_is_tag(name):
         listed = manager._get_tasklist(name)
     if not isinstance(listed, list):

@@ -55,11 +55,9 @@ def can_lose(record: dict[str, Any]) -> bool:
 def _lost(full: dict[str, Any], compressed: dict[str, Any] | None) -> bool:
     if compressed is None or not can_lose(full):
         return False
-    return (
-        bool(_lost_facts(full, compressed))
-        if "facts" in full
-        else float(compressed["correct"]) < 0.5
-    )
+    if "facts" in full:
+        return bool(_lost_facts(full, compressed))
+    return float(compressed["correct"]) < 0.5
 
 
 def _lost_facts(full: dict[str, Any], compressed: dict[str, Any]) -> list[int]:

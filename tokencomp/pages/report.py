@@ -93,7 +93,8 @@ def _share(run: EvalRun, full: EvalRun, name: str) -> float:
 
 def write(table: Sequence[Line], path: Path) -> Path:
     """Write the self-contained page."""
-    first = table[0].run
+    first, every = table[0].run, [line.run.manifest.get("versions", {}) for line in table]
+    packages = sorted({name for versions in every for name in versions})
     return render(
         "report.html",
         path,
@@ -108,7 +109,7 @@ def write(table: Sequence[Line], path: Path) -> Path:
             for k, v in first.identity.items()
             if k not in (*IDENTITY, "method")
         },
-        versions=_different_versions([line.run for line in table]),
+        versions=[n for n in packages if len({versions.get(n) for versions in every}) > 1],
         failed=_failed(table),
         uneven=len({frozenset(line.run.scores) for line in table}) > 1,
         losses=losses([line.run for line in table]),
@@ -144,15 +145,13 @@ def places_of(table: Sequence[Line]) -> dict[int, str]:
 def score_rows(table: Sequence[Line]) -> list[tuple[str, list[str]]]:
     """lmms-eval's own scores, one row per task and metric, one cell per line of the table."""
     scores = [line.run.manifest.get("scores", {}) for line in table]
-    return [
-        (f"{task} · {metric}", [_number(own.get(task, {}).get(metric)) for own in scores])
-        for task, values in scores[0].items()
-        for metric in values
-    ]
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None or value != value else f"{value:.2f}"
+    rows = []
+    for task, known in scores[0].items():
+        for metric in known:
+            values = [own.get(task, {}).get(metric) for own in scores]
+            cells = ["–" if v is None or v != v else f"{v:.2f}" for v in values]
+            rows.append((f"{task} · {metric}", cells))
+    return rows
 
 
 def plots(table: Sequence[Line]) -> list[str]:
@@ -176,13 +175,6 @@ def plots(table: Sequence[Line]) -> list[str]:
     if max(map(len, by_time.values()), default=0) > 1:  # else it repeats the rows of the first
         figures.append(draw(by_time, x="time per answer against the full model", **shared))
     return figures
-
-
-def _different_versions(runs: Sequence[EvalRun]) -> list[str]:
-    """Packages whose versions differ between the runs."""
-    every = [r.manifest.get("versions", {}) for r in runs]
-    names = sorted({n for v in every for n in v})
-    return [n for n in names if len({v.get(n) for v in every}) > 1]
 
 
 def _failed(table: Sequence[Line]) -> list[tuple[str, int, str]]:

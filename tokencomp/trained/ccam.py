@@ -78,7 +78,11 @@ class CCAMProjector(nn.Module):
         from tokencomp.kernels import ccam_attention
 
         keys = self.norm_key(x.to(self.query.dtype))
-        k = self._with_places(self.k_proj(keys), grid)
+        k = self.k_proj(keys)
+        if self.config.spatial:
+            assert grid is not None
+            places = places_2d(*grid, self.config.width, k.device).to(k.dtype)
+            k = k + places.repeat(k.shape[1] // places.shape[0], 1)
         query = self.query.expand(len(x), -1, -1)
         q, k, v = map(self._heads, (self.q_proj(self.norm_query(query)), k, self.v_proj(keys)))
         attended = ccam_attention(q, k, v, frames, causal=self.config.causal)
@@ -92,14 +96,6 @@ class CCAMProjector(nn.Module):
         """Split (B, n, width) into heads (B, H, n, width / H)."""
         heads: Tensor = x.unflatten(2, (self.config.heads, -1))
         return heads.transpose(1, 2)
-
-    def _with_places(self, k: Tensor, grid: tuple[int, int] | None) -> Tensor:
-        """Add the positions within the frame to the keys, if the configuration is spatial."""
-        if not self.config.spatial:
-            return k
-        assert grid is not None
-        places = places_2d(*grid, self.config.width, k.device).to(k.dtype)
-        return k + places.repeat(k.shape[1] // places.shape[0], 1)
 
     def save(self, path: str | Path, card: dict[str, Any] | None = None) -> Path:
         """Write `ccam.safetensors` (or the file at `path`) and its card, both atomically."""

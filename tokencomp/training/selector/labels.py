@@ -91,7 +91,13 @@ def label(
             # Only now, so that a first batch which fails leaves no file.
             if not (folder / IDENTITY).exists():
                 write_json(folder / IDENTITY, identity)
-            write_tensors(file, _flat(pairs_of_batch, time.monotonic() - begin))
+            flat = {
+                "lengths": torch.tensor([len(row) for row, _ in pairs_of_batch]),
+                "rows": torch.cat([row for row, _ in pairs_of_batch]),
+                "labels": torch.cat([value for _, value in pairs_of_batch]),
+                "seconds": torch.tensor(time.monotonic() - begin),
+            }
+            write_tensors(file, flat)
         read, took = _pairs(file)
         pairs, seconds = pairs + read, seconds + took
     return pairs, seconds
@@ -129,15 +135,6 @@ def explain_batch(
             row = row.half() if config.input == "features" else row
             pairs.append((row.cpu()[patch], relevance.cpu()[patch]))
     return pairs
-
-
-def _flat(pairs: list[Pair], seconds: float) -> dict[str, Tensor]:
-    return {
-        "lengths": torch.tensor([len(row) for row, _ in pairs]),
-        "rows": torch.cat([row for row, _ in pairs]),
-        "labels": torch.cat([value for _, value in pairs]),
-        "seconds": torch.tensor(seconds),
-    }
 
 
 def _pairs(file: Path) -> tuple[list[Pair], float]:
