@@ -1,8 +1,8 @@
-"""Every page, rebuilt from stored results, and its tables as CSV files.
+"""Every page that is built from stored results, again, and its tables as CSV files.
 
     python -m benchmarks.pages                     # all of them
-    python -m benchmarks.pages serving/agents accuracy/unseen
-    python -m benchmarks.pages serving/transfer --csv    # its tables, next to the page
+    python -m benchmarks.pages serving/burst accuracy/unseen
+    python -m benchmarks.pages kernels/weights --csv      # its tables, next to the page
     python -m benchmarks.pages --list
 
 Tables of the README come from `benchmarks.figures`. The page of `benchmarks.kernels.aot` is rebuilt
@@ -18,7 +18,7 @@ from importlib import import_module
 
 from benchmarks.accuracy import report
 from benchmarks.accuracy.store import ACCURACY
-from benchmarks.accuracy.studies import choose, long_video
+from benchmarks.accuracy.studies import baselines, choose, tower
 from benchmarks.experiment import Files, write
 from benchmarks.frontier import page as frontier
 from benchmarks.gpu import recompute
@@ -30,30 +30,19 @@ from benchmarks.publishing import FOLDER
 from tokencomp.cli import one_message
 
 MODULES = """
-accuracy.studies.intervals accuracy.studies.pixels accuracy.studies.retrieval
-accuracy.studies.session clicks.__main__ files.accuracy files.clock files.stream kernels.calls
-kernels.weights models.chunked_prefill models.decoding models.prefill models.rounding models.tower
-models.total nlvr.__main__ peers.run real.run real.candidates real.clip_answers real.clips
-screens.__main__ screens.answers screens.receipts serving.agents serving.attacker serving.burst
-serving.clients serving.merging serving.positions serving.ratio_zero serving.run sounds.run
-serving.transfer
+clicks.__main__ files.accuracy files.clock files.stream kernels.calls kernels.weights
+models.decoding models.prefill models.tower models.total nlvr.__main__ real.run real.candidates
+real.clip_answers real.clips screens.__main__ screens.answers screens.receipts serving.attacker
+serving.burst serving.clients serving.ratio_zero serving.run sounds.run
 """
-STUDIES = "benchmarks.accuracy.studies"
 EXPERIMENTS = [import_module(f"benchmarks.{name}").EXPERIMENT for name in MODULES.split()]
-TRAINED = ("adsc", "ccam", "selector", "selector_features")
-STORED = ("baselines", "margin", "newer", "order", "tower")
 SETS = ("results", "unseen", "counting", "chance", "hard", "long")
-LONG_VIDEO = ("tiny-qwen2-vl", "tiny-llava-onevision")
 PAGES: dict[str, Callable[[], Files]] = {
     **{one.name: one.files for one in EXPERIMENTS},
-    **{f"accuracy/{name}": import_module(f"{STUDIES}.{name}").STUDY.files for name in TRAINED},
-    **{f"accuracy/{name}": import_module(f"{STUDIES}.{name}").files for name in STORED},
-    **{
-        f"accuracy/long_video-{model}": lambda model=model: long_video.STUDY.files(model)
-        for model in LONG_VIDEO
-    },
     **{f"accuracy/{name}": lambda name=name: report.files(ACCURACY / name) for name in SETS},
+    "accuracy/baselines": baselines.files,
     "accuracy/choice": choose.files,
+    "accuracy/tower": tower.files,
     "frontier": frontier.files,
     "kernels/roofline": roofline.files,
     "mutants": lambda: {

@@ -23,7 +23,6 @@ from benchmarks.publishing import FOLDER, version
 TABLES: dict[str, tuple[str, ...]] = {
     "calls": ("kernels.calls",),
     "weights": ("kernels.weights",),
-    "chunked": ("models.chunked_prefill",),
     "tower": (
         "models.tower --headline",
         "models.tower --towers --again",
@@ -38,7 +37,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "ratio-zero": ("serving.ratio_zero",),
 }
 """Module and options of every run of a table."""
-FILES = {"chunked": "models/chunked_prefill", "serving": "serving/results"}
+FILES = {"serving": "serving/results"}
 
 
 def made(name: str) -> str:

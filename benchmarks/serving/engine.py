@@ -1,7 +1,7 @@
 """Times vLLM engines; a child process of the benchmarks of serving.
 
 usage: python -m benchmarks.serving.engine MODEL PLAN.json RESULTS.json
-PLAN: {"job": "first", "turns", "clients" or "files", "engine": {LLM arguments}, "frames": n,
+PLAN: {"job": "first", "turns" or "clients", "engine": {LLM arguments}, "frames": n,
        "side": px, "rounds": n, "pruning_flag": true or false, and what the job reads,
        "arms": {name: {"request": tokencomp options or null, "kind": "video" or "image",
                        "engine": {further LLM arguments}}}}
@@ -99,25 +99,6 @@ class Engines:
         return *times, len(out[0].prompt_token_ids)
 
 
-def files(engines: Engines, plan: dict[str, Any]) -> Results:
-    """Bytes that connectors which keep files write for one request, per arm and folder."""
-    seeds, results, before = itertools.count(), {}, written(plan["folders"])
-    for name in plan["arms"]:
-        *_, prompt = engines.ask(name, [next(seeds)], 1)
-        after = written(plan["folders"])
-        results[name] = {"prompt": prompt, **{k: n - before[k] for k, n in after.items()}}
-        before = after
-    return results
-
-
-def written(folders: dict[str, str]) -> dict[str, int]:
-    """Bytes of all files below every folder."""
-    return {
-        name: sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
-        for name, folder in folders.items()
-    }
-
-
 def first(engines: Engines, plan: dict[str, Any]) -> Results:
     """Time to the first token of one request, and throughput of `requests`, per round and arm."""
     seeds = itertools.count()
@@ -178,7 +159,6 @@ JOBS: dict[str, Callable[[Engines, dict[str, Any]], Results]] = {
     "first": first,
     "turns": turns,
     "clients": clients,
-    "files": files,
 }
 
 

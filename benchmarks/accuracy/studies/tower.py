@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from benchmarks import publishing
 from benchmarks.accuracy import packed
 from benchmarks.accuracy.packed import PackedAnswers, pack, unpack
 from benchmarks.accuracy.store import ACCURACY
-from benchmarks.accuracy.studies.trained import Shrunk
 from benchmarks.experiment import Files, write
 from benchmarks.publishing import TABLES, environment
 from recipes.tiny.evaluate import blind_guess
@@ -224,9 +223,14 @@ class Questions:
         ids = list(adapter_for(self.model).placeholders)
         shrink = EqualTokens(self.processor, ids, kind)
         for tower in TOWER:
-            fewer: Any = Shrunk(self.source, shrink, tower, 8)
-            examples: list[Example] = [fewer[i] for i in range(len(self.source))]
-            achieved = sum(fewer.achieved.values()) / len(fewer.achieved)
+            examples, reached = [], []
+            for example in self.source:
+                media = example.load(8)
+                smaller = tuple(shrink.shrink(one, tower) for one in media)
+                count, less = (sum(map(shrink.tokens, some)) for some in (media, smaller))
+                examples.append(replace(example, media=smaller))
+                reached.append(1 - less / count)
+            achieved = sum(reached) / len(reached)
             key = f"{kind}@{achieved:.3g}"
             if key not in done:
                 yield self._reduced(key, self.model, self.processor, examples, achieved)

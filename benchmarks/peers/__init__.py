@@ -1,1 +1,0 @@
-"""Scripts and pages of `benchmarks/peers`."""
