@@ -34,14 +34,7 @@ MEDIA = ("pixel_values", "pixel_values_videos", "video_frames")
 class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """A stock causal LM whose placeholder tokens are replaced by image and video features.
 
-    Attributes
-    ----------
-    llm
-        `LlamaForCausalLM` or `Qwen2ForCausalLM`.
-    vision_tower
-        `SiglipVisionModel`.
-    mm_projector
-        `VilaProjector`.
+    `llm` is a `LlamaForCausalLM` or `Qwen2ForCausalLM`.
     """
 
     config_class = VilaConfig
@@ -77,18 +70,9 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> VilaForConditionalGeneration:
         """Load a local folder in the published layout.
 
-        Parameters
-        ----------
-        **kwargs
-            Options such as `dtype`, `attn_implementation` and `device_map`, which are passed to the
-            LLM and the tower.
-
-        Raises
-        ------
-        CheckpointError
-            If a part is of a kind that cannot be built.
-        OSError
-            If a part is missing, from transformers.
+        Options such as `dtype`, `attn_implementation` and `device_map` go to the LLM and the tower.
+        Raises `CheckpointError` if a part is of a kind that cannot be built, and the `OSError` of
+        transformers if one is missing.
         """
         folder = Path(folder)
         kwargs = {k: v for k, v in kwargs.items() if k not in ("config", "trust_remote_code")}
@@ -207,21 +191,11 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Run the language model on text and media and return its output.
 
-        Parameters
-        ----------
-        input_ids : Tensor, shape (B, L)
-            Token ids with one placeholder per feature, as the processor returns them.
-        pixel_values : Tensor, shape (images and tiles of the batch, 3, S, S)
-        pixel_values_videos : Tensor, shape (frames of the batch, 3, S, S)
-        video_frames : Tensor of int64, shape (videos of the batch,)
-            Number of frames of each video.
-        cache, past_key_values
-            The KV cache under its new and its old name.
-
-        Raises
-        ------
-        SpanError
-            If `inputs_embeds` and media are both passed, or as `embed` raises it.
+        `input_ids` (B, L) have one placeholder per feature, as the processor returns them.
+        `pixel_values` are images and tiles of the batch, `pixel_values_videos` frames, (n, 3, S, S)
+        each, and `video_frames` the number of frames of each video, int64. `cache` and
+        `past_key_values` are the KV cache under its new and its old name. Raises `SpanError` if
+        `inputs_embeds` and media are both passed, or placeholders do not match the media.
         """
         held = past_key_values if cache is None else cache
         if held is not None:  # a language model ignores the name that it does not know

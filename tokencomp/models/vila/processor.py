@@ -12,25 +12,30 @@ from torch import Tensor
 from transformers import BatchFeature, SiglipImageProcessor
 
 from tokencomp.errors import CheckpointError, MediaError, OptionError
-from tokencomp.models.vila.arguments import check_counts, check_options, flatten, listed
 from tokencomp.models.vila.config import VilaConfig
 from tokencomp.models.vila.images import as_frames, opened, pad_square, tiles
 from tokencomp.models.vila.root import read_config, read_root
 from tokencomp.models.vila.tokens import IMAGE, VIDEO, chat_template, load_tokenizer
+
+# Options of other processors with the values that this processor implements anyway. Videos are
+# always reduced to `num_frames`, also if the caller sampled frames before.
+AS_IS: dict[str, tuple[Any, ...]] = {
+    "padding": (True, "longest"),
+    "padding_side": ("left",),
+    "truncation": (False,),
+    "return_tensors": ("pt",),
+    "return_dict": (True,),
+    "do_sample_frames": (True, False),
+    "continue_final_message": (False,),
+}
 
 
 class VilaProcessor:
     """Turn text with `<image>` and `<vila/video>`, and the media, into left-padded batches.
 
     Every image, tile and frame of a video becomes side² placeholders followed by its end tokens. A
-    video is reduced to `num_frames` evenly spaced frames.
-
-    Attributes
-    ----------
-    tokenizer, image_processor
-        The tokenizer of the LLM and the image processor of the tower.
-    num_frames
-        Number of frames that are sampled from a video, at first `config.num_video_frames`.
+    video is reduced to `num_frames` evenly spaced frames, at first `config.num_video_frames`.
+    `tokenizer` is that of the LLM, and `image_processor` that of the tower.
     """
 
     image_token, video_token = IMAGE, VIDEO
@@ -46,17 +51,14 @@ class VilaProcessor:
         self.config, self.tokenizer, self.image_processor = config, tokenizer, image_processor
         self.num_frames = config.num_video_frames
         self.chat_template = chat_template(tokenizer, config.chat_template)
+        self.decode, self.batch_decode = tokenizer.decode, tokenizer.batch_decode
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> VilaProcessor:
         """Load tokenizer, image processor and conversation format of a VILA folder.
 
-        Raises
-        ------
-        CheckpointError
-            If the variant is not supported.
-        OSError
-            If a part is missing, from transformers.
+        Raises `CheckpointError` if the variant is not supported, and the `OSError` of transformers
+        if a part is missing.
         """
         folder = Path(folder)
         read_root(folder)
@@ -247,17 +249,51 @@ class VilaProcessor:
             images, size={"height": size, "width": size}, return_tensors="pt"
         )["pixel_values"]
 
-    # -- decoding -------------------------------------------------------------------------------
-
-    def decode(self, *args: Any, **kwargs: Any) -> str:
-        """Call the tokenizer's method of the same name."""
-        return self.tokenizer.decode(*args, **kwargs)
-
-    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Call the tokenizer's method of the same name."""
-        return self.tokenizer.batch_decode(*args, **kwargs)
-
 
 def _block(token: int, n: int, ends: Sequence[list[int]]) -> list[int]:
     """Return `n` placeholders between their start and end tokens."""
     return [*ends[0], *[token] * n, *ends[1]]
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse options that would be ignored. None counts as an option that was not passed."""
+    for name, value in options.items():
+        if value is not None and value not in AS_IS.get(name, ()):
+            raise OptionError(
+                f"VILA's processor has no option {name}={value!r}. It has num_frames, and accepts "
+                f"what it implements anyway: {AS_IS}."
+            )
+
+
+def listed(images: Any) -> list[Any]:
+    """Return images as a flat list, from one image, a list, or a list per prompt."""
+    if images is None:
+        return []
+    if not isinstance(images, (list, tuple)):
+        return [images]
+    return [x for item in images for x in (item if isinstance(item, (list, tuple)) else [item])]
+
+
+def check_counts(texts: list[str], token: str, total: int, what: str) -> None:
+    """Require one medium (`what`) per placeholder `token`."""
+    count = sum(prompt.count(token) for prompt in texts)
+    if count != total:
+        raise MediaError(f"{total} {what} for {count} {token} in the prompts. Pass one per token.")
+
+
+def flatten(content: Any, images: list[Any], videos: list[Any]) -> str:
+    """Return content parts as text with placeholders, and append the media to the lists."""
+    if isinstance(content, str):
+        return content.strip()
+    text = ""
+    for part in content:
+        kind = part.get("type")
+        if kind == "text":
+            text += part["text"]
+        elif kind in ("image", "video"):
+            media = next((part[k] for k in (kind, "path", "url") if k in part), None)
+            (images if kind == "image" else videos).append(media)
+            text += IMAGE if kind == "image" else VIDEO
+        else:
+            raise MediaError(f"content part of type {kind!r}; allowed: text, image, video.")
+    return text.strip()

@@ -36,14 +36,7 @@ MEDIA_TOKENS = ("image_token_id", "video_token_id", "image_ends", "video_ends")
 
 
 def read_root(folder: str | Path) -> dict[str, Any]:
-    """Read the root config.json of a VILA folder.
-
-    Raises
-    ------
-    CheckpointError
-        If the config.json cannot be read, or says that the model is none of VILA, or of a variant
-        that is not supported.
-    """
+    """Read the root config.json of a VILA folder; raise `CheckpointError` if it is unsupported."""
     path = Path(folder) / "config.json"
     try:
         root = json.loads(path.read_text(encoding="utf-8"))
@@ -78,11 +71,16 @@ def read_config(folder: str | Path, tokenizer: Any) -> VilaConfig:
     settings = {field: _stored(root, key) for key, (field, _) in ROOT_FIELDS.items()}
     projector = json.loads((folder / "mm_projector" / "config.json").read_text(encoding="utf-8"))
     image, video = (_encoder(root, kind, folder) for kind in ("image", "video"))
+    media_tokens = root.get("media_tokens")
+    if not media_tokens:
+        ids = tokenizer.convert_tokens_to_ids([IMAGE, VIDEO])
+        ends = end_ids(tokenizer, image), end_ids(tokenizer, video)
+        media_tokens = dict(zip(MEDIA_TOKENS, (*ids, *ends), strict=True))
     return VilaConfig(
         text_config=AutoConfig.from_pretrained(folder / "llm"),
         vision_config=vision,
         projector_type=str(projector.get("mm_projector_type")),
-        **(root.get("media_tokens") or _media_tokens(tokenizer, image, video)),
+        **media_tokens,
         **settings,
         video_pool=_pool(video, folder),
         root=root,
@@ -94,13 +92,6 @@ def _stored(root: dict[str, Any], key: str) -> Any:
     """A setting of the root config, its usual value if it is missing or null."""
     value = root.get(key)
     return ROOT_FIELDS[key][1] if value is None else value
-
-
-def _media_tokens(tokenizer: Any, image: dict[str, Any], video: dict[str, Any]) -> dict[str, Any]:
-    """Return placeholder ids and end tokens, as the encoders' options and the tokenizer say."""
-    ids = tokenizer.convert_tokens_to_ids([IMAGE, VIDEO])
-    ends = end_ids(tokenizer, image), end_ids(tokenizer, video)
-    return dict(zip(MEDIA_TOKENS, (*ids, *ends), strict=True))
 
 
 def _encoder(root: dict[str, Any], kind: str, folder: Path) -> dict[str, Any]:
