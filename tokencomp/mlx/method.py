@@ -23,14 +23,9 @@ from tokencomp.serving.engines import ENGINES
 class KeptRows(NamedTuple):
     """Kept rows of a span.
 
-    Attributes
-    ----------
-    offsets : ndarray of int64, shape (k,)
-        Offsets in the span, ascending, including line breaks.
-    features : array, shape (k, d), or None
-        New features of these rows, if others are merged into them.
-    sizes : ndarray of int64, shape (k,), or None
-        Number of tokens that each row represents, if rows have weights.
+    `offsets` int64 (k,) in the span, ascending, including line breaks; `features` (k, d), if others
+    are merged into them; `sizes` int64 (k,), the tokens that each row represents, if rows have
+    weights.
     """
 
     offsets: np.ndarray
@@ -42,12 +37,8 @@ class KeptRows(NamedTuple):
 class MlxMethod(Method):
     """A method of one stage, before the first layer. Reducers of `SELECT` need no torch.
 
-    Raises
-    ------
-    RatioError, OptionError, UnknownNameError
-        As `Method`; a reducer that reads more than features; what `ENGINES` refuses.
-    MissingDependencyError
-        A reducer or an option of the stages that needs torch, which is not installed.
+    Raises the errors of `Method`; also refused are what `ENGINES` refuses, and what needs torch
+    where it is not installed (`MissingDependencyError`).
     """
 
     def __post_init__(self) -> None:

@@ -118,16 +118,8 @@ def unpatch(model: Any) -> None:
 class MlxHandle(Installed):
     """A patch in force. Use as a context manager, or call `remove()`.
 
-    Attributes
-    ----------
-    method
-        What it compresses with.
-    tokens
-        Of the last prompt with media, text among them, before compression.
-    columns
-        Of this prompt: the columns that stayed, ascending.
-    sizes
-        How many tokens each of them stands for.
+    `tokens` counts those of the last prompt with media, text among them, before compression;
+    `columns` are the ones that it kept, ascending, and `sizes` how many tokens each represents.
     """
 
     def __init__(self, model: Any, method: MlxMethod) -> None:

@@ -101,20 +101,10 @@ def random(x: mx.array, grid: Grid, keep: int, seed: int = 0) -> np.ndarray:
 
 
 def merged(x: mx.array, kept: np.ndarray, special: np.ndarray) -> tuple[mx.array, np.ndarray]:
-    """Average every other row into the kept row with the largest cosine.
+    """Average every other row of x (n, d) into the kept row with the largest cosine.
 
-    Parameters
-    ----------
-    x : array, shape (n, d)
-    kept : ndarray of int64, shape (k,)
-        Ascending, with all special rows and at least one other.
-    special : ndarray of bool, shape (n,)
-        Rows that merge with none.
-
-    Returns
-    -------
-    array of float32, shape (k, d), and ndarray of int64, shape (k,)
-        Means, and of how many rows.
+    `kept` int64 (k,) is ascending, with all rows that are `special` (bool, (n,)), which merge with
+    none, and at least one other. Returns means, float32 (k, d), and of how many rows, int64 (k,).
     """
     x, slots = finite(x), np.arange(len(kept))
     unit, takes = _unit(x), mx.array(~special[kept])[:, None]

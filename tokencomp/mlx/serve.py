@@ -26,23 +26,11 @@ REFUSED = {
 }
 
 
-def run(
-    model: str,
-    method: MlxMethod,
-    host: str,
-    port: int,
-    extra: Sequence[str],
-) -> None:
+def run(model: str, method: MlxMethod, host: str, port: int, extra: Sequence[str]) -> None:
     """Serve a model until the process is interrupted; `extra` are arguments of mlx_vlm.server.
 
-    Every other model that the server loads is patched as well, or refused.
-
-    Raises
-    ------
-    OptionError
-        An option that mlx_vlm.server would take without compression.
-    UnsupportedModelError
-        A folder with a model of another type; models of the hub are looked at when they are loaded.
+    Every other model that the server loads is patched as well, or refused: a folder now, a model of
+    the hub when it is loaded. Options that would run without compression raise `OptionError`.
     """
     names = [a.partition("=")[0] for a in extra if len(a) > 2]
     for flag, reason in REFUSED.items():

@@ -18,20 +18,11 @@ MODALITIES = ("image", "video")
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens of one grid.
+    """Tokens of one grid (t, h, w) of an "image" or "video".
 
-    Attributes
-    ----------
-    modality
-        "image" or "video".
-    grid
-        (t, h, w) in tokens.
-    columns : ndarray of int64
-        Columns of the prompt, ascending; the frames of a video may have text between them.
-    special : ndarray of bool
-        By column of the span: line breaks, which always stay.
-    item
-        The same for all spans of one image or video.
+    `columns` of the prompt, int64, ascend; the frames of a video may have text between them.
+    `special`, bool, marks line breaks among them, which always stay. `item` is the same for all
+    spans of one image or video.
     """
 
     modality: str

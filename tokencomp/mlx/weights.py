@@ -71,8 +71,10 @@ class LayerWeights(Installed):
 
         def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
             given = signature.bind(layer, *args, **kwargs)
-            if first:
-                given.arguments["x"] = self._taken_off(given.arguments["x"])
+            if first:  # the column of weights is for attention alone
+                x = given.arguments["x"]
+                self._logs = x[..., self._width] if x.shape[-1] > self._width else None
+                given.arguments["x"] = x[..., : self._width]
             if "self_attn" not in layer:  # linear attention sees a merged token once
                 return original(*given.args, **given.kwargs)
             cache = given.arguments.get("cache")
@@ -92,12 +94,6 @@ class LayerWeights(Installed):
             return out
 
         return type(own.__name__, (own,), {"__call__": call, "__module__": own.__module__})
-
-    def _taken_off(self, x: mx.array) -> mx.array:
-        """Remove the column of weights from the input of the first layer, and store it."""
-        wide = x.shape[-1] > self._width
-        self._logs = x[..., self._width] if wide else None
-        return x[..., : self._width]
 
     def _update(self, original: Callable[..., Any], keys: mx.array, values: mx.array) -> Any:
         """Store keys and values (B, heads, L, d) of this pass, with the column of weights."""
