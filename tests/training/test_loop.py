@@ -42,13 +42,14 @@ class Scale(nn.Module):
 def loop(
     tiny: Any,
     data: str,
-    file: Path,
+    output: Path,
     module: nn.Module,
     loss: Any = None,
     config: LoopConfig = SMALL,
 ) -> Loop:
     source = questions(data, "image", 8)
-    return Loop(*tiny, module, source, config, file, {"data": data}, loss, "test")
+    card = {"fingerprint": None, "data": data}
+    return Loop(*tiny, module, source, config, output, card, loss)
 
 
 def test_losses_under_a_patch_see_full_length_labels(family: Family) -> None:
@@ -111,7 +112,7 @@ def test_divergence_is_an_error_and_no_step(
     def loss(inputs: dict[str, Any], labels: Tensor) -> Tensor:
         return wrong(module.weight) if made.step else module.weight**2
 
-    made = loop(tiny, data, tmp_path / "checkpoint.pt", module, loss)
+    made = loop(tiny, data, tmp_path, module, loss)
     with pytest.raises(ScoreError, match="step 2"):
         made.run()
     state = torch.load(tmp_path / "checkpoint.pt")
@@ -131,7 +132,7 @@ def test_randomness_and_seconds_survive_a_kill(tiny: Any, data: str, tmp_path: P
             seen[name].append(float(torch.rand(())))
             return module.weight * seen[name][-1]
 
-        made = loop(tiny, data, tmp_path / f"{name}.pt", module, loss)
+        made = loop(tiny, data, tmp_path / name, module, loss)
         made.run()
         return made
 

@@ -26,11 +26,7 @@ def questions_in(data: str | None, limit: int | None) -> FileQuestions | None:
 
 
 def run_questions(
-    loaded: tuple[Any, Any],
-    name: str,
-    questions: FileQuestions,
-    folders: Folders,
-    **how: Any,
+    loaded: tuple[Any, Any], name: str, questions: FileQuestions, folders: Folders, **how: Any
 ) -> list[EvalRun]:
     """Answer the questions under every setting, as `sweep` with `how`, and draw lost items."""
     from tokencomp.evaluation.runner import sweep

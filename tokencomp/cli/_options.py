@@ -128,10 +128,7 @@ class Source:
         from tokencomp.inputs.loading import load_model
 
         return load_model(
-            self.model,
-            device=self.device,
-            dtype=self.dtype,
-            image_max_tokens=self.image_max_tokens,
+            self.model, device=self.device, dtype=self.dtype, image_max_tokens=self.image_max_tokens
         )
 
 

@@ -21,12 +21,7 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tokencomp.adapters.structure import find_parts
-from tokencomp.conformance.configs import (
-    configs_in,
-    move_token_ids,
-    replace_text_config,
-    shallow,
-)
+from tokencomp.conformance.configs import configs_in, move_token_ids, replace_text_config, shallow
 from tokencomp.conformance.variants import PLAIN, Variant
 from tokencomp.errors import UnsupportedModelError
 

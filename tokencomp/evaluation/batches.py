@@ -46,6 +46,7 @@ class Batch:
     stats: Stats | None
 
 
+@dataclass(eq=False)
 class Answerer:
     """Answers batches of questions with the variants of one model, inside the context of `patches`.
 
@@ -54,18 +55,15 @@ class Answerer:
     "" are switched off. For `around` see `sweep`.
     """
 
-    def __init__(
-        self,
-        models: dict[str, Any],
-        processor: Any,
-        how: dict[str, Any],
-        disable_adapters: bool = False,
-        around: Around | None = None,
-    ) -> None:
-        self.models, self.processor, self.how = models, processor, how
-        self.patches = PatchedModels(models)
-        self.disable_adapters, self.around = disable_adapters, around
-        self.plain = next(iter(models.values()))
+    models: dict[str, Any]
+    processor: Any
+    how: dict[str, Any]
+    disable_adapters: bool = False
+    around: Around | None = None
+
+    def __post_init__(self) -> None:
+        self.patches = PatchedModels(self.models)
+        self.plain = next(iter(self.models.values()))
         self._equal_tokens: dict[str, EqualTokens] = {}
 
     def equal_tokens(self, setting: Setting) -> EqualTokens:
@@ -146,9 +144,7 @@ class Answerer:
 def kind_of(row: Loaded) -> str:
     """The first of "video", "image" and "audio" among the media of a question, or ""."""
     modalities = {modality_of(media) for media in row[1]}
-    return next(
-        (modality for modality in ("video", "image", "audio") if modality in modalities), ""
-    )
+    return next((kind for kind in ("video", "image", "audio") if kind in modalities), "")
 
 
 def _record(row: Loaded, text: str, seconds: float, cost: Cost) -> dict[str, Any]:

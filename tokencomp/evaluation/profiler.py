@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,18 +98,14 @@ def time_prefills(
 ) -> dict[Setting, Split]:
     """Median split of one prefill per setting (see `interleaved`); `bar` counts them."""
 
-    def variant(setting: Setting, inputs: dict[str, Any]) -> Callable[[], Split]:
-        def run() -> Split:
-            bar.set_postfix_str(f"prefill: {setting.key}")
-            with patched(model, setting):
-                split = prefill_split(model, inputs)
-            bar.update()
-            return split
+    def run(setting: Setting) -> Split:
+        bar.set_postfix_str(f"prefill: {setting.key}")
+        with patched(model, setting):
+            split = prefill_split(model, inputs_of[setting])
+        bar.update()
+        return split
 
-        return run
-
-    variants = {setting: variant(setting, inputs) for setting, inputs in inputs_of.items()}
-    return interleaved(variants, rounds, budget)
+    return interleaved({s: functools.partial(run, s) for s in inputs_of}, rounds, budget)
 
 
 @contextlib.contextmanager
@@ -142,50 +139,38 @@ def decode_seconds(model: Any, inputs: dict[str, Any], tokens: int) -> float:
 @torch.inference_mode()
 def _memory(model: Any, inputs: dict[str, Any]) -> tuple[int | None, int]:
     """Peak bytes of one prefill above the bytes held before, and bytes of its KV cache."""
-    with PeakMemory(model.device) as peak:
-        out = model(**inputs, use_cache=True, logits_to_keep=1)
+    before = _held(model.device)
+    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    peak = None if before is None else _peak(model.device) - before
     cache = getattr(out, "past_key_values", None) or out["cache"]
     kv = sum(t.numel() * t.element_size() for x in cache.layers for t in (x.keys, x.values))
-    return peak.bytes, kv
+    return peak, kv
 
 
-class PeakMemory:
-    """Peak memory inside the block in excess of the memory at its start.
+def _held(device: torch.device) -> int | None:
+    """Bytes that are held now, from which the peak counts anew; None where it cannot be read.
 
     CUDA: allocated bytes. CPU on Linux: resident set size, whose high-water mark is reset after
-    freed memory went back to the system (glibc); elsewhere `bytes` is None.
+    freed memory went back to the system (glibc).
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self._before = device, 0
-        self.bytes: int | None = None
-
-    def __enter__(self) -> PeakMemory:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._before = torch.cuda.memory_allocated(self.device)
-        elif _reset_high_water():
-            self._before = _status("VmRSS")
-        else:
-            self._before = -1
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
-        elif self._before >= 0:
-            self.bytes = _status("VmHWM") - self._before
-
-
-def _reset_high_water() -> bool:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        return True
     except (OSError, AttributeError):
-        return False
+        return None
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    """Most bytes that were held since `_held`."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM")
 
 
 def _status(name: str) -> int:

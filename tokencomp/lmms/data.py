@@ -45,9 +45,6 @@ class LocalData:
 
     root: Path
 
-    def folder(self, dataset: str) -> Path:
-        return self.root / dataset
-
     def label(self, dataset: str) -> str:
         """The identity of this copy, independent of its path."""
         return f"{self.root.resolve().name}/{dataset}"
@@ -56,27 +53,27 @@ class LocalData:
         """Link `home/<cache_dir>` to the media of every data set of `links`."""
         home.mkdir(parents=True, exist_ok=True)
         for cache, dataset in links.items():
-            folder = self.folder(dataset)
+            folder = self.root / dataset
             target = folder / "video" if cache.startswith("mvbench") else folder
             link = home / cache
             if link.is_symlink() or not link.exists():
                 link.unlink(missing_ok=True)
                 link.symlink_to(target.resolve(), target_is_directory=True)
         for dataset, (variable, images) in MARKED_IMAGES.items():
-            if (self.folder(dataset) / images).is_dir():
-                os.environ[variable] = str((self.folder(dataset) / images).resolve())
+            if (self.root / dataset / images).is_dir():
+                os.environ[variable] = str((self.root / dataset / images).resolve())
 
     def changes(self, config: dict[str, Any]) -> dict[str, Any]:
         """Changes of a task's configuration for this copy."""
         named = named_file(config)
         if named is None:
-            return {"dataset_path": str(self.folder(data_set(config))), "dataset_kwargs": {}}
-        files = {config["test_split"]: str((self.folder(named[0]) / named[1]).resolve())}
+            return {"dataset_path": str(self.root / data_set(config)), "dataset_kwargs": {}}
+        files = {config["test_split"]: str((self.root / named[0] / named[1]).resolve())}
         return {"dataset_kwargs": {"data_files": files}}
 
     def has(self, config: dict[str, Any]) -> bool:
         """Whether the annotations of a task exist, and the images that they name."""
-        folder, name = self.folder(data_set(config)), config.get("dataset_name")
+        folder, name = self.root / data_set(config), config.get("dataset_name")
         if not folder.is_dir():
             return False
         if named := named_file(config):
@@ -89,8 +86,8 @@ class LocalData:
         named = named_file(config)
         if named is None or named[0] not in MARKED_IMAGES:
             return
-        folder = self.folder(named[0]) / MARKED_IMAGES[named[0]][1]
-        lines = (self.folder(named[0]) / named[1]).read_text().splitlines()
+        folder = self.root / named[0] / MARKED_IMAGES[named[0]][1]
+        lines = (self.root / named[0] / named[1]).read_text().splitlines()
         lists = [json.loads(line).get(key) or [] for line in lines for key in IMAGE_LISTS]
         names = dict.fromkeys(name for one in lists for name in one)
         absent = [name for name in names if not (folder / name).is_file()]
@@ -103,7 +100,7 @@ class LocalData:
     def missing(self, task: str, config: dict[str, Any]) -> OptionError:
         """Which files to put where, in words."""
         dataset, name, named = data_set(config), config.get("dataset_name"), named_file(config)
-        folder = self.folder(dataset)
+        folder = self.root / dataset
         what = f"the file {named[1]}" if named else f"configuration {name!r}" if name else "data"
         return OptionError(
             f"task {task!r} needs {what} of {dataset} in {folder}. On a machine with network: "

@@ -66,19 +66,14 @@ class Demo:
     @property
     def rows(self) -> list[tuple[str, ...]]:
         """The table, with the cells of `COLUMNS`. Tokens and seconds are means per question."""
-        return [self._row(line) for line in self.table]
-
-    def _row(self, line: Line) -> tuple[str, ...]:
-        run, count = line.run, len(line.run.answered)
-        name = line.label if line is self.table[0] else f"{line.label} {run.shown_ratio}"
-        return (
-            name,
-            f"{run.mean_tokens:.0f}",
-            f"{line.accuracy * count:.3g} of {count}",
-            f"{line.flops:.0%}",
-            f"{line.kv_bytes:.0%}",
-            f"{run.mean('seconds'):.2f}",
-        )
+        rows: list[tuple[str, ...]] = []
+        for line in self.table:
+            run, count = line.run, len(line.run.answered)
+            name = line.label if line is self.table[0] else f"{line.label} {run.shown_ratio}"
+            means = f"{run.mean_tokens:.0f}", f"{line.accuracy * count:.3g} of {count}"
+            costs = f"{line.flops:.0%}", f"{line.kv_bytes:.0%}", f"{run.mean('seconds'):.2f}"
+            rows.append((name, *means, *costs))
+        return rows
 
     @property
     def price(self) -> str:

@@ -36,11 +36,7 @@ def accuracy_point(x: float, accuracy: float, kept: Retention | None, full: floa
 
 
 def lines(
-    series: Mapping[str, Sequence[Point]],
-    *,
-    x: str,
-    y: str,
-    reference: float | None = None,
+    series: Mapping[str, Sequence[Point]], *, x: str, y: str, reference: float | None = None
 ) -> str:
     """One line per series, baselines dashed and grey; returns an `<svg>` element.
 

@@ -85,10 +85,7 @@ def train_adsc(model: Any, processor: Any, data: str, output: Path, config: Adsc
                 handle.set(ratio=config.ratio_at(loop.step))
                 return answer_loss(tuned, inputs, labels)
 
-            file, identity = output / "checkpoint.pt", config.identity(card)
-            loop = Loop(
-                tuned, processor, tuned, source, config, file, identity, loss, "training adsc"
-            )
+            loop = Loop(tuned, processor, tuned, source, config, output, card, loss)
             tuned.train()
             loop.run()
             tuned.eval()
@@ -118,10 +115,7 @@ def add_lora(model: Any, config: AdscConfig) -> Any:
     targets = rf"{re.escape(prefix)}\.layers\.\d+\.\w+\.({'|'.join(TARGETS)})"
     torch.manual_seed(config.seed)
     lora = peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=targets,
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets
     )
     return peft.get_peft_model(model, lora)
 

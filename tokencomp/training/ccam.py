@@ -98,8 +98,7 @@ def train_ccam(model: Any, processor: Any, data: str, output: Path, config: Ccam
         with tokencomp.patch(model, 0.5, reducer=live):
             return answer_loss(model, inputs, labels)
 
-    file, identity = output / "checkpoint.pt", config.identity(card)
-    loop = Loop(model, processor, module, source, config, file, identity, loss, "training ccam")
+    loop = Loop(model, processor, module, source, config, output, card, loss)
     with frozen(model):
         loop.run()
     card |= loop.report()

@@ -47,11 +47,6 @@ class LoopConfig(TrainingConfig):
     weight_decay: float = 0.0
     save_every: int = 100  # steps between checkpoints, unless they take longer than `SAVE_SECONDS`
 
-    def identity(self, card: dict[str, Any]) -> dict[str, Any]:
-        """What a checkpoint must match to be resumed: model, data, settings."""
-        settings = {k: v for k, v in asdict(self).items() if k not in NOT_IN_IDENTITY}
-        return {"fingerprint": card["fingerprint"], **data_identity(card["data"]), **settings}
-
 
 Loss = Callable[[dict[str, Any], Tensor], Tensor]
 
@@ -60,7 +55,8 @@ class Loop(Steps):
     """Trains `module` on questions; the same seed gives the same batches, also after a restart.
 
     `model` answers, `objective` gives the loss of its inputs and labels, and the parameters of
-    `module` with `requires_grad` are trained. For `checkpoint` and `identity` see `Steps`.
+    `module` with `requires_grad` are trained. A checkpoint in `output` is resumed if it is of the
+    same settings, and of the model and data of the `card`.
     """
 
     def __init__(
@@ -70,10 +66,9 @@ class Loop(Steps):
         module: nn.Module,
         source: Sequence[Example],
         config: LoopConfig,
-        checkpoint: Path,
-        identity: dict[str, Any],
+        output: Path,
+        card: dict[str, Any],
         objective: Loss,
-        title: str,
     ) -> None:
         self.model, self.processor, self.source = model, processor, source
         self.config, self.objective = config, objective
@@ -81,10 +76,11 @@ class Loop(Steps):
         adamw = torch.optim.AdamW(
             named.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        phases = [Phase(title, config.steps, warmup=config.warmup, end=0.05)]
-        super().__init__(
-            phases, named, [adamw], checkpoint, identity, config.seed, config.save_every
-        )
+        settings = {k: v for k, v in asdict(config).items() if k not in NOT_IN_IDENTITY}
+        identity = {"fingerprint": card["fingerprint"], **data_identity(card["data"]), **settings}
+        phases = [Phase("training", config.steps, warmup=config.warmup, end=0.05)]
+        file = output / "checkpoint.pt"
+        super().__init__(phases, named, [adamw], file, identity, config.seed, config.save_every)
 
     def batches(self) -> Iterator[list[Example]]:
         chosen = batches(self.source, self.config.batch, self.config.seed)

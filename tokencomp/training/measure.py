@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from tokencomp.errors import MediaError
@@ -20,24 +21,20 @@ REPLY = 4
 """Least number of tokens that an answer may have, so that "(B)." fits where "B" is expected."""
 
 
+@dataclass
 class Measurement:
     """Answers of many settings to the same questions, and the table of their accuracy.
 
     `models` are variants of one model by name, see `sweep`; the uncompressed answers of "" are the
-    reference. `runs` has the run of every setting, by `Setting.key`. For `around` see `sweep`.
+    reference. For `around` see `sweep`.
     """
 
-    def __init__(
-        self,
-        models: dict[str, Any],
-        processor: Any,
-        frames: int = 8,
-        batch: int = 32,
-        around: Around | None = None,
-    ) -> None:
-        self.models, self.processor = models, processor
-        self.frames, self.batch, self.around = frames, batch, around
-        self.runs: dict[str, EvalRun] = {}
+    models: dict[str, Any]
+    processor: Any
+    frames: int = 8
+    batch: int = 32
+    around: Around | None = None
+    runs: dict[str, EvalRun] = field(default_factory=dict)  # by `Setting.key`
 
     def run(
         self, examples: Sequence[Example], settings: Sequence[Setting], title: str = "asking"
