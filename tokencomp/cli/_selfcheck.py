@@ -39,7 +39,8 @@ def self_check(model: Any, processor: Any) -> list[Finding]:
     inputs = to_model(build_inputs(processor, [[_picture()]], [QUESTION]), model)
     with counted_rows(model) as full_rows:
         plain = _logits(model, inputs)
-    checks = []
+    checks, adapter = [], adapter_for(model)
+    real = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
     for reducer in REDUCERS:
         with tokencomp.patch(model, RATIO, reducer=reducer) as handle, counted_rows(model) as rows:
             compressed = _logits(model, inputs)
@@ -52,7 +53,9 @@ def self_check(model: Any, processor: Any) -> list[Finding]:
         fewer = rows == expected and sum(rows) < sum(full_rows)
         detail = f"rows per layer {compact(full_rows)} → {compact(rows)}, ratio {stats.ratio:.3f}"
         checks.append(Finding(f"{reducer}: layers see fewer tokens", fewer, detail))
-        masked = _masked_logits(model, inputs, stats, handle.plan)
+        left = columns_left(stats, handle.plan, real, len(adapter.layers))
+        with eager_attention(adapter), hidden(adapter.layers, left):  # dropped columns are masked
+            masked = _logits(model, inputs)
         off = float((compressed - masked).abs().max())
         equal = off <= TOLERANCE[model.dtype] * max(1.0, float(masked.abs().max()))
         detail = f"largest difference of logits {off:.1e}"
@@ -75,12 +78,3 @@ def _picture() -> Any:
 @torch.inference_mode()
 def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
     return model(**inputs, use_cache=False, logits_to_keep=1).logits.float()
-
-
-def _masked_logits(model: Any, inputs: dict[str, Any], stats: Any, plan: Any) -> Tensor:
-    """The full-length run in which every layer masks the dropped columns."""
-    adapter = adapter_for(model)
-    real = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
-    left = columns_left(stats, plan, real, len(adapter.layers))
-    with eager_attention(adapter), hidden(adapter.layers, left):
-        return _logits(model, inputs)

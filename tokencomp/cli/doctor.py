@@ -19,17 +19,15 @@ def command(model: opt.Model = DEFAULT_MODEL, device: opt.Device = "cpu") -> Non
 
     from tokencomp.cli._doctor import environment_checks, facts, model_checks
 
-    checks = [*environment_checks(), *model_checks(model, device)]
-    console = Console()
-    table = Table(title="Environment", title_justify="left", box=None, show_header=False)
-    for name, value in facts().items():
-        table.add_row(f"[bold]{name}[/]", escape(value))
-    console.print(table)
+    checks, console = [*environment_checks(), *model_checks(model, device)], Console()
     marks = {True: "[green]ok[/]", False: "[red]broken[/]", None: "[yellow]note[/]"}
-    table = Table(title="\nChecks", title_justify="left", box=None, show_header=False)
-    for check in checks:
-        table.add_row(marks[check.ok], f"[bold]{escape(check.name)}[/]", escape(check.detail))
-    console.print(table)
+    known = [(f"[bold]{name}[/]", escape(value)) for name, value in facts().items()]
+    found = [(marks[c.ok], f"[bold]{escape(c.name)}[/]", escape(c.detail)) for c in checks]
+    for title, rows in (("Environment", known), ("\nChecks", found)):
+        table = Table(title=title, title_justify="left", box=None, show_header=False)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
     if any(check.ok is False for check in checks):
         console.print("\n[red]Something is broken.[/]")
         raise typer.Exit(1)

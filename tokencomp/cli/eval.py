@@ -75,12 +75,10 @@ def command(
 
     console = Console(quiet=process_rank()[0] > 0)  # one process speaks for all
     questions = questions_in(data, limit)
+    name, where, fix = "max_new_tokens", "tasks", "every task has its own limit"
     if questions is not None:
-        fix = "leave it out, or leave out the file"
-        opt.refuse_options(context, ("tasks",), f"--data {data}", fix)
-    else:
-        fix = "every task has its own limit"
-        opt.refuse_options(context, ("max_new_tokens",), "tasks", fix)
+        name, where, fix = "tasks", f"--data {data}", "leave it out, or leave out the file"
+    opt.refuse_options(context, (name,), where, fix)
     with tempfile.TemporaryDirectory() as home:
         found = [] if questions else tasks_in(tasks, data, limit, Path(home), console)
         loaded = source.loaded
@@ -95,8 +93,7 @@ def command(
             how["max_new_tokens"] = max_new_tokens
             runs = run_questions(loaded, source.model, questions, folders, **how)
         else:
-            how["limit"] = limit
-            runs = run_tasks(loaded, source.model, found, folders, console, **how)
+            runs = run_tasks(loaded, source.model, found, folders, console, limit=limit, **how)
     if not console.quiet:
         print_lines(console, report.lines(runs))
     _check_answers(runs)

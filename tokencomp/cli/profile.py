@@ -68,22 +68,20 @@ def _variants(
     source: opt.Source, media: list[Any], question: str, settings_of: Settings
 ) -> tuple[Any, dict[Any, Any]]:
     """The model, and per setting its inputs and seconds of preprocessing, a median of three."""
+    import functools
     import statistics
-    import time
 
     from tokencomp.cli._showcase import prompt
     from tokencomp.evaluation.batches import Answerer
+    from tokencomp.evaluation.timing import seconds
     from tokencomp.inputs.prompts import to_model
 
     model, processor = source.loaded
     answerer, row, variants = Answerer({"": model}, processor, {}), prompt(media, question), {}
     for setting in settings_of(model):
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            inputs = answerer.inputs([row], setting)
-            times.append(time.perf_counter() - start)
-        variants[setting] = (to_model(inputs, model), statistics.median(times))
+        prepare = functools.partial(answerer.inputs, [row], setting)
+        inputs = to_model(prepare(), model)
+        variants[setting] = inputs, statistics.median(seconds(prepare) for _ in range(3))
     return model, variants
 
 

@@ -119,10 +119,15 @@ class Prompts:
         return {"input_ids": table, "attention_mask": mask, **self._media(table, mask)}
 
     def _media(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
-        """Arguments for images."""
+        """Arguments for images, or for sound clips."""
         images = len(self.encoder.images)
         if self.medium == "audio":
-            return self._sound(images)
+            sounds = [name for name in ("input_features", "input_values") if name in self._names]
+            values: dict[str, Any] = {name: torch.zeros(images, 8, 16) for name in sounds}
+            if "input_features_mask" in self._names:
+                real = torch.ones(images, self.encoder.images[0].shape[0], dtype=torch.bool)
+                values["input_features_mask"] = real
+            return values
         # Families that name the sizes of images in patches pack the patches of all in one row.
         shape = (1 if "target_sizes" in self._names else images, 3, 8, 8)
         names = [name for name in PIXELS if name in self._names] or PIXELS[:1]
@@ -137,15 +142,6 @@ class Prompts:
         }
         taken = {name: value for name, value in known.items() if name in self._names}
         return {**{name: torch.zeros(shape) for name in names}, **taken}
-
-    def _sound(self, clips: int) -> dict[str, Any]:
-        """Arguments for sound clips."""
-        names = [name for name in ("input_features", "input_values") if name in self._names]
-        values: dict[str, Any] = {name: torch.zeros(clips, 8, 16) for name in names}
-        if "input_features_mask" in self._names:
-            tokens = self.encoder.images[0].shape[0]
-            values["input_features_mask"] = torch.ones(clips, tokens, dtype=torch.bool)
-        return values
 
     def _token_types(self, ids: Tensor, mask: Tensor) -> Tensor:
         """1 at images; PaliGemma has 0 at the prefix: the image and a part of the words."""

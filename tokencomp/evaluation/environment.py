@@ -26,10 +26,8 @@ def versions() -> dict[str, str]:
 
     installed = {"python": platform.python_version(), "tokencomp": __version__}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return installed
 
 
@@ -38,11 +36,10 @@ def commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    try:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         head = git(root, "rev-parse", "HEAD")
         return head + ("+dirty" if git(root, "status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
+    return None
 
 
 def git(root: Path, *args: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,7 @@ def _drop_partial_line(file: Path) -> None:
     data = file.read_bytes()
     whole = data.rfind(b"\n") + 1
     if whole != len(data):
-        with file.open("r+b") as handle:
-            handle.truncate(whole)
+        os.truncate(file, whole)
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:

@@ -64,8 +64,12 @@ class TokenComp(lmms):
 
         from tokencomp.inputs.loading import load_model
 
+        # Every process uses one GPU, although lmms-eval passes one device to all of them.
+        many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        if device is None or (many and device.startswith("cuda")):
+            device = "auto"
         self.model, self.processor = loaded or load_model(
-            pretrained, device=self._local(device), dtype=dtype, attention=attention
+            pretrained, device=device, dtype=dtype, attention=attention
         )
         # Data parallelism under `accelerate launch`.
         self.accelerator = Accelerator(cpu=self.model.device.type == "cpu")
@@ -80,11 +84,6 @@ class TokenComp(lmms):
         self.run_manifest: dict[str, Any] = {}
         self._records: dict[str, dict[str, Any]] = {}
         self.examples: dict[str, Example] = {}
-
-    def _local(self, device: str | None) -> str:
-        """Every process uses one GPU, although lmms-eval passes one device to all of them."""
-        many = int(os.environ.get("WORLD_SIZE", 1)) > 1
-        return "auto" if device is None or (many and device.startswith("cuda")) else device
 
     @property
     def device(self) -> Any:

@@ -89,7 +89,12 @@ def train_adsc(model: Any, processor: Any, data: str, output: Path, config: Adsc
             tuned.train()
             loop.run()
             tuned.eval()
-        save_adapter(tuned, output, card["model_id"])
+        output.mkdir(parents=True, exist_ok=True)
+        tuned.peft_config["default"].base_model_name_or_path = card["model_id"]
+        with tempfile.TemporaryDirectory(dir=output) as folder:  # so that files are whole
+            tuned.save_pretrained(folder, save_embedding_layers=False)
+            for name in FILES:
+                (Path(folder) / name).replace(output / name)
         card |= loop.report()
         write_json(output / CARD, card)
         if config.evaluate:
@@ -118,16 +123,6 @@ def add_lora(model: Any, config: AdscConfig) -> Any:
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets
     )
     return peft.get_peft_model(model, lora)
-
-
-def save_adapter(tuned: Any, output: Path, model_id: str) -> None:
-    """Write the files of the adapter atomically."""
-    output.mkdir(parents=True, exist_ok=True)
-    tuned.peft_config["default"].base_model_name_or_path = model_id
-    with tempfile.TemporaryDirectory(dir=output) as folder:
-        tuned.save_pretrained(folder, save_embedding_layers=False)
-        for name in FILES:
-            (Path(folder) / name).replace(output / name)
 
 
 def comparison(config: AdscConfig, variant: str = "tuned") -> list[Setting]:

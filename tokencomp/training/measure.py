@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.inputs.questions import Example
+from tokencomp.storage import finite
 from tokencomp.training.data import answer_ids
 from tokencomp.training.loop import TrainingConfig
 
@@ -79,11 +79,11 @@ class Measurement:
             row: dict[str, Any] = {
                 "name": setting.name,
                 "ratio": setting.ratio,
-                "achieved_ratio": _finite(run.mean("ratio")) if setting.ratio else None,
-                "tokens": _finite(run.mean_tokens) if setting.ratio else None,
+                "achieved_ratio": finite(run.mean("ratio")) if setting.ratio else None,
+                "tokens": finite(run.mean_tokens) if setting.ratio else None,
                 "accuracy": sum(scores) / len(scores),
-                "retention": _finite(kept.value),
-                "interval": [_finite(kept.low), _finite(kept.high)],
+                "retention": finite(kept.value),
+                "interval": [finite(kept.low), finite(kept.high)],
             }
             rival = f"{baseline}@{setting.ratio:g}"
             if setting.name != baseline and rival in self.runs:
@@ -105,8 +105,3 @@ def accuracy(
     measured = Measurement(models, processor, config.frames, config.batch)
     measured.run(source, settings, title)
     return measured.table(settings)
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None
