@@ -44,18 +44,10 @@ FINAL_NORMS = ("norm", "final_layernorm", "final_norm", "norm_f", "ln_f", "embed
 class MediaCall:
     """One forward call with features of media.
 
-    Attributes
-    ----------
-    modalities : Tensor of int8 on the CPU, shape (B, L)
-        0 text, 1 image placeholder, 2 video placeholder, 3 audio placeholder.
-    embeds : Tensor, shape (B, L, d)
-        Input of the decoder, which contains the features.
-    positions : ndarray of int64, shape (3, B, L), or None
-        M-RoPE positions (t, h, w); None for models with one position per token.
-    body : nn.Module
-        The module that inserted the features.
-    inputs
-        Arguments of its call by name.
+    `modalities`, int8 (B, L) on the CPU: 0 text, 1 image, 2 video, 3 audio; `embeds` (B, L, d):
+    input of the decoder, with features; `positions`, int64 (3, B, L): M-RoPE positions (t, h, w),
+    None for models with one position per token; `body`: the module that inserted the features;
+    `inputs`: arguments of its call by name.
     """
 
     modalities: Tensor
@@ -72,14 +64,8 @@ class MediaCall:
 class Encoding:
     """Media of one modality that a body has encoded in one call, in the order of the batch.
 
-    Attributes
-    ----------
-    lengths
-        Tokens of each medium, or of each tile if the body encodes tiles.
-    tables
-        Arguments of the call that may contain the sizes of the media.
-    map : tuple of two int, or None
-        Height and width of the feature map, for towers that return one.
+    `lengths`: tokens of each medium, or of each tile if the body encodes tiles; `tables`: arguments
+    of the call that may contain sizes; `map`: height and width of the tower's feature map, if any.
     """
 
     lengths: list[int] = field(default_factory=list)
@@ -115,12 +101,8 @@ class EncodedMedia(threading.local):
     """Calls of the methods of a body that encode media: the running one, and the last ones.
 
     `generate` of transformers >= 5.18 encodes media before it calls the model, and drops arguments
-    that only the encoder reads, which give the shape of images.
-
-    Attributes
-    ----------
-    latest
-        By modality, results of the last call in this thread.
+    that only the encoder reads, which give the shape of images. `latest` has the results of the
+    last call in this thread, by modality.
     """
 
     def __init__(self) -> None:
@@ -300,12 +282,9 @@ class Adapter(Hooked):
         return getattr(self.decoder, "rotary_emb", None)
 
     def rotary_tables(self, x: Tensor, positions: Tensor, layer: int) -> Any:
-        """`position_embeddings` of a decoder layer; None if it takes none.
+        """`position_embeddings` of a decoder layer for x (B, n, d); None if it takes none.
 
-        Parameters
-        ----------
-        x : Tensor, shape (B, n, d)
-        positions : Tensor of int64, shape (3, B, n) for M-RoPE, else (B, n)
+        `positions` are int64, (3, B, n) for M-RoPE, else (B, n).
         """
         if self.rotary is None:
             return None
@@ -348,27 +327,13 @@ class Adapter(Hooked):
     def tower_tokens(self, values: Tensor, modality: str, call: TowerCall) -> Tensor:
         """Map values of patches to values of visual tokens, (tokens, d), in order.
 
-        For families with the signal "tower".
-
-        Parameters
-        ----------
-        values
-            One row per row of the tower, see `TowerCall.values`.
-        modality
-            "image" or "video".
-        call
-            The call that computed them.
+        `values` has one row per row of the tower, see `TowerCall.values` of the `call`. For
+        families with the signal "tower".
         """
         raise NotImplementedError
 
     def tower_layout(self) -> Tower:
-        """Which patches of the vision tower every visual token reads, for a stage in the tower.
-
-        Raises
-        ------
-        UnsupportedModelError
-            This is unknown.
-        """
+        """Which patches every visual token reads; raises `UnsupportedModelError` if unknown."""
         raise unknown_cells(self.family)
 
     @property
@@ -397,17 +362,7 @@ class Adapter(Hooked):
 
         Placeholders count only if the call has features of their modality: the same id in a
         question is text. Videos without placeholders of their modality use those of images, as in
-        GLM-4.1V.
-
-        Parameters
-        ----------
-        inputs
-            Arguments of the call by name.
-
-        Returns
-        -------
-        Tensor of int8, shape (B, L), or None
-            0 text, 1 image, 2 video, 3 audio. None if the call has no features.
+        GLM-4.1V. Returns int8 (B, L): 0 text, 1 image, 2 video, 3 audio; None without features.
         """
         features = self.feature_modalities(inputs)
         if not features:
@@ -451,13 +406,7 @@ class Adapter(Hooked):
         return ids is not None and bool(torch.isin(ids, ids.new_tensor(tokens)).any())
 
     def spans(self, call: MediaCall) -> list[list[VisualSpan]]:
-        """Visual spans of every sample, in order.
-
-        Raises
-        ------
-        SpanError
-            A run of visual tokens has a shape that this family does not produce.
-        """
+        """Visual spans of every sample, in order; raises `SpanError` for unknown shapes of runs."""
         rows = enumerate(runs_of(call.modalities))
         return [self.row_spans(call, row, runs) for row, runs in rows]
 

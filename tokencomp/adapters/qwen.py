@@ -63,17 +63,9 @@ class Qwen2VLAdapter(StructuralAdapter):
 def modalities_from_grids(positions: Tensor, grids: dict[str, list[Grid]]) -> Tensor | None:
     """Columns of media with known grids, found by their M-RoPE positions.
 
-    Parameters
-    ----------
-    positions : Tensor of int64 on the CPU, shape (3 or 4, B, L)
-        The last three rows are time, height and width.
-    grids
-        By modality, in tokens and in the order of the batch.
-
-    Returns
-    -------
-    Tensor of int8, shape (B, L), or None
-        0 text, 1 image, 2 video. None if there is no grid, or one matches nowhere.
+    The last three rows of `positions`, int64 (3 or 4, B, L) on the CPU, are time, height and width;
+    `grids` are by modality, in tokens and in the order of the batch. Returns int8 (B, L): 0 text,
+    1 image, 2 video; None if there is no grid, or one matches nowhere.
     """
     pending = {modality: list(rows) for modality, rows in grids.items() if rows}
     if not pending:

@@ -115,15 +115,8 @@ class StructuralAdapter(Adapter):
     ) -> list[VisualSpan]:
         """The spans of one medium: one, or one per piece if text is between its pieces.
 
-        Parameters
-        ----------
-        size
-            Returns (t, h, w) of the medium in any unit; None if unknown.
-
-        Raises
-        ------
-        SpanError
-            Positions give no grid, in a family where they always do.
+        `size` returns (t, h, w) of the medium in any unit; None if unknown. Raises `SpanError` if
+        positions give no grid in a family where they always do.
         """
         pieces, modality, grids = medium.pieces, medium.modality, []
         for start, stop in pieces:
@@ -197,17 +190,10 @@ class Medium:
 def cut_media(
     rows: Sequence[list[Run]], lengths: dict[Modality, list[int]]
 ) -> list[list[Medium]] | None:
-    """Assign placeholders to media by token counts of the encoded media, in the order of the batch.
+    """Assign placeholders to media by their token counts, in the order of the batch, per sample.
 
-    Parameters
-    ----------
-    lengths
-        Token counts by modality. Without counts, every run is a medium.
-
-    Returns
-    -------
-    list per sample of list of Medium, or None
-        None if the counts do not match the runs, or media of two modalities interleave.
+    A modality without counts in `lengths` has one medium per run. None if the counts do not match
+    the runs, or media of two modalities interleave.
     """
     pending = {
         modality: deque(n for n in counts if n) for modality, counts in lengths.items() if counts
@@ -242,14 +228,8 @@ def _joined(
     """Join equal pieces with gaps into one span, or None.
 
     Rows of an image are separated by one equal token, a line break, which is special. Frames of a
-    video are separated by any text.
-
-    Parameters
-    ----------
-    embeds : Tensor, shape (L, d)
-        Of the sample.
-    frame
-        Grid of the first piece by its positions, or None.
+    video are separated by any text. `embeds` (L, d) are those of the sample; `frame` is the grid of
+    the first piece by its positions, or None.
     """
     pieces, start, stop = medium.pieces, medium.pieces[0][0], medium.pieces[-1][1]
     length = pieces[0][1] - start
@@ -287,17 +267,9 @@ def grid_from_positions(
 ) -> Grid | None:
     """The grid (t, rows, columns) whose raster order has the positions of columns of a sample.
 
-    NumPy, because short tensor operations cost ten times as much.
-
-    Parameters
-    ----------
-    positions : ndarray of int64, shape (3, B, L), or None
-        M-RoPE positions (t, h, w), from any offset.
-
-    Returns
-    -------
-    tuple of three int, or None
-        None if the positions form no grid. Three equal rows are positions of text.
+    `positions` are M-RoPE positions (t, h, w) from any offset, int64 (3, B, L), in NumPy, because
+    short tensor operations cost ten times as much. None if they form no grid; three equal rows are
+    positions of text.
     """
     if positions is None:
         return None

@@ -39,15 +39,9 @@ PLACES = "image_embeds_position_mask"
 class Parts:
     """The modules of a multimodal model that compression uses.
 
-    Attributes
-    ----------
-    top
-        The module that generates, whose forward takes `labels` and `logits_to_keep`; the body if
-        none generates (`AutoModel`, embedding models).
-    body
-        The module that inserts features into the embeddings and calls the decoder.
-    decoder
-        The text decoder, without the output head; it has `layers`.
+    `top` generates: its forward takes `labels` and `logits_to_keep`; it is the body if no module
+    generates (`AutoModel`, embedding models). `body` inserts features into the embeddings and calls
+    the `decoder`, the text decoder without the output head, which has `layers`.
     """
 
     top: Any
@@ -58,12 +52,8 @@ class Parts:
 def find_parts(model: Any) -> Parts:
     """The parts of a model.
 
-    Raises
-    ------
-    NoDecoderError
-        No causal text decoder with layers, or one that does not read the features as tokens.
-    NoPlaceholderError
-        No token id marks the features.
+    Raises `NoDecoderError` without a causal text decoder with layers that reads the features as
+    tokens, and `NoPlaceholderError` if no token id marks the features.
     """
     thinker = getattr(model, "thinker", None)  # the part of omni models that reads the prompt
     top = thinker if isinstance(thinker, nn.Module) else model
@@ -178,12 +168,8 @@ def feature_modality(name: str) -> Modality | None:
 def find_placeholders(parts: Parts) -> dict[int, int]:
     """Token id → modality (1 image, 2 video, 3 audio) of the placeholders that features replace.
 
-    Videos whose frames use placeholders of images have no id.
-
-    Raises
-    ------
-    NoPlaceholderError
-        The config names no placeholder.
+    Videos whose frames use placeholders of images have no id. Raises `NoPlaceholderError` if the
+    config names no placeholder.
     """
     ids: dict[int, int] = {}
     for modality, names in IDS.items():

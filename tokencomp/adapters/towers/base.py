@@ -141,13 +141,7 @@ class Tower(ABC):
 
     @abstractmethod
     def cells(self, call: TowerCall, stage: TowerStage) -> Cells:
-        """The cells of a call.
-
-        Raises
-        ------
-        SpanError
-            The cells of the encoded pictures are unknown.
-        """
+        """The cells of a call; raises `SpanError` if those of its pictures are unknown."""
 
     def fit(self, stage: TowerStage, family: str) -> TowerStage:
         """The stage in this tower; raises `PlanError` if block `stage.block` is not in use."""

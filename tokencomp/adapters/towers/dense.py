@@ -52,34 +52,22 @@ class DenseTower(Tower):
         self.keys, self.std = keys or (lambda *_: []), usual_std(module.config.model_type)
         self.layer, self.pooled_frames = layer, pooled_frames
         self._projected: Modality | None = None if projects_tokens else "image"
-        self.indices = [
-            i + len(blocks) + 1 if i < 0 else i
-            for i in ([layer] if isinstance(layer, int) else layer)
-        ]
+        layers = [layer] if isinstance(layer, int) else layer
+        self.indices = [i + len(blocks) + 1 if i < 0 else i for i in layers]
         used, restorers = max(self.indices), [restorer or module]
         ends = blocks[:used], blocks[used:]
         super().__init__(module, *ends, restorers, [projector])
-        self.tables: dict[Modality, Tensor] = {
-            "image": image,
-            "video": image if video is None else video,
-        }
+        self.tables: dict[Modality, Tensor]
+        self.tables = {"image": image, "video": image if video is None else video}
 
     def projected(self, modality: Modality) -> int:
         """Rows of one picture or frame that enter the projector."""
         return len(self.tables[self._projected or modality])
 
     def missing_tokens(self, missing: Tensor, count: int) -> Tensor:
-        """Which tokens of a projector's output read a missing row of its input.
+        """Which tokens of a projector's output, bool (pictures, count), read a missing row.
 
-        Parameters
-        ----------
-        missing : Tensor of bool, shape (pictures, rows)
-        count
-            Tokens per picture: one per row, or one per square of patches.
-
-        Returns
-        -------
-        Tensor of bool, shape (pictures, count)
+        `missing` is bool (pictures, rows); tokens are one per row, or one per square of patches.
         """
         if missing.shape[1] == count:
             return missing
@@ -144,13 +132,7 @@ def usual_std(model_type: str) -> tuple[float, float, float]:
 
 
 def dense_blocks(module: Any) -> list[nn.Module]:
-    """Blocks of a tower with an encoder, in order.
-
-    Raises
-    ------
-    UnsupportedModelError
-        The tower has another structure.
-    """
+    """Blocks of a tower with an encoder, in order; `UnsupportedModelError` for other structures."""
     encoder = getattr(getattr(module, "vision_model", module), "encoder", None)
     blocks = getattr(encoder, "layers", None) or getattr(encoder, "layer", None)
     if not blocks or not hasattr(module.config, "patch_size"):
@@ -162,19 +144,10 @@ def dense_blocks(module: Any) -> list[nn.Module]:
 
 
 def squares(side: int, size: int, order: str = "rows", partial: bool = True) -> Tensor:
-    """Patches of a grid of side × side that tokens of size × size patches each read.
+    """Patches of a grid of side × side that tokens of size × size patches read: (tokens, size²).
 
-    Parameters
-    ----------
-    order
-        "rows": tokens in raster order; "columns": column by column.
-    partial
-        Whether squares at the right and bottom edges may be partial; otherwise they are no tokens.
-
-    Returns
-    -------
-    Tensor of int64, shape (tokens, size²)
-        Patches; -1 outside of the grid.
+    int64, -1 outside of the grid. `order` "rows" has tokens in raster order, "columns" column by
+    column. Unless `partial`, squares that the right or bottom edge cuts are no tokens.
     """
     count = -(-side // size) if partial else side // size
     at = torch.arange(count * size)

@@ -20,12 +20,8 @@ class MosaicTower(DenseTower):
     """An image is a base tile and a mosaic of tiles.
 
     Mosaics are cropped to the shape of the image, so some patches are read by no token. The tiles
-    of a mosaic share its budget in proportion to their patches that are read.
-
-    Parameters
-    ----------
-    ends
-        Line breaks after a video.
+    of a mosaic share its budget in proportion to their patches that are read. `ends`: line breaks
+    after a video.
     """
 
     def __init__(self, *args: Any, body: Any, ends: int = 0, **kwargs: Any) -> None:

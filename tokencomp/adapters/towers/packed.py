@@ -15,17 +15,8 @@ CHANNELS = 3  # red, green and blue; a patch has one or more frames of each
 class PackedTower(Tower):
     """Towers of the Qwen families: a cell is `unit` adjacent patches.
 
-    Parameters
-    ----------
-    window_order
-        Computes `Cells.order` from the grids; None: cells are in order.
-    std
-        See `Tower.std`.
-
-    Attributes
-    ----------
-    embedding
-        The module that embeds every patch independently; None: there is none.
+    `window_order` computes `Cells.order` from the grids; None: cells are in order. `embedding` is
+    the module that embeds every patch independently; None: there is none.
     """
 
     def __init__(
