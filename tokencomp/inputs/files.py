@@ -25,27 +25,11 @@ class FileQuestions(Sequence[Example]):
     texts that are right) with `ordered`. `id` and `family` are optional. Without an `id`, the
     number of the line among the questions is taken.
 
-    Parameters
-    ----------
-    path
-        The file, or a folder with `questions.jsonl`.
-    held_out
-        True: questions about held-out media; False: about all others; None: all.
-    count
-        The first so many of them.
-
-    Raises
-    ------
-    OptionError
-        No file that can be read, no UTF-8, no lines, a line without a question, answer or media
-        that exists, or two lines with the same id.
-
-    Attributes
-    ----------
-    rows
-        The questions.
-    label
-        The file's name and a hash of its text: stored answers depend on it.
+    `path` is the file, or a folder with `questions.jsonl`. `held_out`: True takes the questions
+    about held-out media, False all others, None all; `count` the first so many of them. `label` is
+    the file's name and a hash of its text, on which stored answers depend. Raises `OptionError` for
+    a file that cannot be read, is not UTF-8 or has no lines, a line without a question, answer or
+    media that exists, and two lines with the same id.
     """
 
     def __init__(self, path: Path, held_out: bool | None = None, count: int | None = None) -> None:
@@ -72,13 +56,7 @@ class FileQuestions(Sequence[Example]):
             )
 
     def check_answers(self, processor: Any, limit: int) -> None:
-        """Check by the model's tokenizer that answers of `limit` tokens can be right.
-
-        Raises
-        ------
-        OptionError
-            All right answers of a question are longer.
-        """
+        """Raise `OptionError` if all right answers of a question have more than `limit` tokens."""
         tokenizer = getattr(processor, "tokenizer", processor)
 
         def tokens(text: str) -> int:

@@ -51,11 +51,8 @@ def on_white(image: Image.Image, file_format: str | None = None) -> Image.Image:
 def to_rgb(image: Image.Image, file_format: str | None = None) -> Image.Image:
     """An RGB picture of 8 bits per channel; 16-bit grey pictures are scaled, not clipped.
 
-    Parameters
-    ----------
-    file_format : str or None
-        Format name in Pillow: in PNG and PPM, 32-bit values are 16-bit ones; in others, values up
-        to 255 are 8-bit ones.
+    By `file_format`, Pillow's name: in PNG and PPM, 32-bit values are 16-bit ones; in others,
+    values up to 255 are 8-bit ones.
     """
     if image.mode != "F" and not image.mode.startswith("I"):
         return image.convert("RGB")

@@ -5,12 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from tokencomp.errors import (
-    INSTALL,
-    MissingDependencyError,
-    UnsupportedModelError,
-    unknown_name,
-)
+from tokencomp.errors import INSTALL, MissingDependencyError, UnsupportedModelError, unknown_name
 
 DEFAULT_MODEL = "tiny-qwen3-vl-hard"
 CHECKOUT = Path(__file__).parents[2] / "zoo" / "tokencomp_zoo"
@@ -52,12 +47,8 @@ def model_path(name: str) -> Path:
 def resolve(name_or_path: str | Path) -> str:
     """The folder of a model: that of an embedded one, or a path; a hub id is returned unchanged.
 
-    A bare name that resembles an embedded model raises instead of being looked up on the hub.
-
-    Raises
-    ------
-    UnsupportedModelError
-        A path that does not exist.
+    A bare name that resembles an embedded model raises instead of being looked up on the hub, and a
+    path that does not exist raises `UnsupportedModelError`.
     """
     name = str(name_or_path)
     if name in available_models():

@@ -21,8 +21,6 @@ from tokencomp.tokens.tokens import MODALITIES
 
 Chat = list[dict[str, Any]]
 """Messages as chat templates take them: role, and content with text and media placeholders."""
-
-
 MARK = "<image>"
 """Marks an image in a prompt of interleaved text and images."""
 
@@ -55,27 +53,10 @@ def chat_inputs(
 ) -> dict[str, Tensor]:
     """One left-padded batch of conversations that end where the answer begins, on the CPU.
 
-    Parameters
-    ----------
-    processor
-        A Hugging Face processor with a chat template.
-    chats
-        Messages per row.
-    images, videos
-        PIL images, and uint8 arrays (frames, height, width, 3), of all rows in prompt order.
-    samplings
-        When the frames of each video were shown, for processors that write their times.
-    texts
-        The rendered conversations, if they are known.
-    sounds
-        Mono samples at 16 kHz, float (n,).
-    **options
-        Passed to the processor.
-
-    Raises
-    ------
-    MediaError
-        There are sounds, and the processor takes none.
+    `images` are PIL images, `videos` uint8 arrays (frames, height, width, 3), and `sounds` mono
+    samples at 16 kHz, float (n,), of all rows in prompt order. `samplings` say when the frames of
+    each video were shown, for processors that write their times. `texts` are the rendered chats, if
+    they are known; `options` go to the processor. Raises `MediaError` if it takes no sounds.
     """
     texts = [*texts] or [
         processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)

@@ -22,12 +22,7 @@ def is_sound(path: str | Path) -> bool:
 def load_sound(path: str | Path) -> np.ndarray:
     """Read a sound file: float32 (n,) in about [-1, 1], channels averaged, `RATE` per second.
 
-    Raises
-    ------
-    MediaError
-        File missing, without permission to read it, damaged, or without sound.
-    MissingDependencyError
-        PyAV is not installed.
+    Raises `MediaError` for a file that is missing, may not be read, is damaged or has no sound.
     """
     try:
         import av

@@ -22,21 +22,11 @@ from tokencomp.errors import MediaError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which frames of a video were sampled.
+    """Which frames of a video were sampled, by indices from 0, ascending.
 
-    Attributes
-    ----------
-    indices
-        Indices of the frames, from 0, ascending.
-    total
-        Number of frames of the whole video.
-    fps
-        Frames per second of the whole video, a mean if the rate varies; None if unknown.
-    times
-        Time of each frame in seconds from the first frame of the video; None if it follows from
-        index and `fps`.
-    rule
-        How the frames were chosen.
+    `total` counts the frames of the whole video, and `fps` are its frames per second, a mean if the
+    rate varies, None if unknown. `times` are seconds from the first frame of the video; None if
+    they follow from index and `fps`. `rule` says how the frames were chosen.
     """
 
     indices: tuple[int, ...]

@@ -57,11 +57,7 @@ class Clip(contextlib.AbstractContextManager["Clip"]):
 class FileClip(Clip):
     """A video file.
 
-    Parameters
-    ----------
-    decoder
-        "pyav", "decord", or "torchcodec" with or without a device, see `load_media`. It decodes the
-        chosen frames; the packets are always read with PyAV.
+    `decoder`, see `load_media`, decodes the chosen frames; packets are always read with PyAV.
     """
 
     def __init__(self, path: Path, decoder: str = "pyav") -> None:

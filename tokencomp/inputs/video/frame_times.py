@@ -20,12 +20,8 @@ _READS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 def frame_times(processor: Any, samplings: Sequence[Sampling]) -> dict[str, Any]:
     """Keyword arguments of the processor with the times of the frames of each video.
 
-    Empty if the output of the processor does not depend on the frame rate.
-
-    Warns
-    -----
-    FrameRateWarning
-        The processor reads times, and the rate of a video is unknown.
+    Empty if its output does not depend on the frame rate; `FrameRateWarning` if it does, and the
+    rate of a video is unknown.
     """
     if not samplings or not reads_times(processor):
         return {}

@@ -159,13 +159,7 @@ Frames = int | str | Policy
 
 
 def frame_policy(frames: Frames) -> Policy:
-    """The policy that a number or a text names; policies themselves pass.
-
-    Raises
-    ------
-    OptionError
-        No policy has this name, or a number is not positive.
-    """
+    """The policy that a number or a text names, else `OptionError`; policies themselves pass."""
     if isinstance(frames, bool) or not isinstance(frames, int | str):
         if hasattr(frames, "choose"):
             return frames

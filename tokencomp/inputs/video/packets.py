@@ -15,18 +15,11 @@ NEAR = 0.01
 
 @dataclass(frozen=True)
 class Packets:
-    """The compressed frames of a video, in the order in which they are shown.
+    """The compressed frames of a video, in the order in which they are shown, (n,) each.
 
-    Attributes
-    ----------
-    pts
-        When each frame is shown, on the clock of the stream: int64 (n,), strictly ascending.
-    order
-        The place of each frame in the order of decoding: int64 (n,), a permutation.
-    sizes
-        Bytes of each frame: int64 (n,).
-    keys
-        Whether decoding can start at the frame: bool (n,).
+    `pts`: when each frame is shown, on the clock of the stream, int64, strictly ascending; `order`:
+    its place in the order of decoding, int64; `sizes`: its bytes, int64; `keys`: whether decoding
+    can start at it, bool.
     """
 
     pts: np.ndarray
@@ -59,20 +52,10 @@ class Packets:
 class ClipIndex:
     """The frames of a clip: number, times, and storage.
 
-    Attributes
-    ----------
-    total
-        Number of frames.
-    fps
-        Frames per second, a mean if the rate varies; None if it is unknown.
-    times
-        Time of each frame in seconds from the first: float64 (total,); None if unknown.
-    codec
-        Name of the decoder, or "frames" for a folder of pictures.
-    packets
-        Sizes of the compressed frames; None if the file does not contain them.
-    lacking
-        Frames that the header counts and the file has not, as after a cut.
+    `fps` is a mean if the rate varies; `times` are seconds from the first frame, float64 (total,);
+    both None if unknown. `codec` is the decoder's name, or "frames" for a folder of pictures, and
+    `packets` is None if the file has no compressed frames. `lacking` counts frames that the header
+    promises and the file has not, as after a cut.
     """
 
     total: int

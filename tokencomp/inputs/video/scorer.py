@@ -63,13 +63,11 @@ class EmbeddingScorer:
             raise _Embedded(kwargs["inputs_embeds"])
 
         decoder = self.adapter.decoder
-        hook = decoder.register_forward_pre_hook(keep, prepend=True, with_kwargs=True)
-        try:
-            self.model(**inputs, use_cache=False)
-        except _Embedded as reached:
-            return reached.rows
-        finally:
-            hook.remove()
+        with decoder.register_forward_pre_hook(keep, prepend=True, with_kwargs=True):
+            try:
+                self.model(**inputs, use_cache=False)
+            except _Embedded as reached:
+                return reached.rows
         raise AssertionError("the model ran without its decoder")
 
 
