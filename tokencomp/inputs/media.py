@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -107,7 +106,11 @@ def load_media(
     if is_reader(path):
         return load_clip(ReaderClip(path), type(path).__name__, policy, size, question)
     path = Path(path)
-    _check_file(path)
+    check_readable(path, "image or video")
+    if not (path.is_file() or path.is_dir()):
+        raise MediaError(f"{path}: a device or a pipe, which may have no end. Save it as a file.")
+    if path.is_file() and path.stat().st_size == 0:
+        raise MediaError(f"{path}: the file is empty (0 bytes). Download or export it again.")
     if not is_video(path):
         with part("decode"):
             return load_image(path)
@@ -115,15 +118,6 @@ def load_media(
         opened = open_clip(path, decoder)
     with opened as clip:
         return load_clip(clip, str(path), policy, size, question)
-
-
-def _check_file(path: Path) -> None:
-    """Refuse a path that does not exist, may be endless, or may not be read."""
-    check_readable(path, "image or video")
-    if not (path.is_file() or path.is_dir()):
-        raise MediaError(f"{path}: a device or a pipe, which may have no end. Save it as a file.")
-    if path.is_file() and path.stat().st_size == 0:
-        raise MediaError(f"{path}: the file is empty (0 bytes). Download or export it again.")
 
 
 def _warn(text: str) -> None:
@@ -172,13 +166,11 @@ def load_clip(
         )
     times = index.uneven_times(places)
     sampling = Sampling(tuple(places), index.total, index.fps, times, choice.rule)
-    return Video.of(_filled(read, places), sampling)
-
-
-def _filled(read: dict[int, Any], places: Sequence[int]) -> list[Any]:
-    """The pictures at `places`, ascending; where one is missing, that before it or the next."""
-    first = read[min(read)]
-    return list(itertools.accumulate(places, lambda last, p: read.get(p, last), initial=first))[1:]
+    pictures, last = [], read[min(read)]
+    for place in places:  # where one is missing, the picture before it, else the first
+        last = read.get(place, last)
+        pictures.append(last)
+    return Video.of(pictures, sampling)
 
 
 def open_clip(path: Path, decoder: str = "pyav") -> Clip:

@@ -89,17 +89,12 @@ def chat_inputs(
         if not images or len(chats) < 2:
             raise
         # Gemma 3's processor takes a list of images per prompt.
-        return call(**{**media, "images": _per_row(chats, images)})
-
-
-def _per_row(chats: Sequence[Chat], images: Sequence[Any]) -> list[list[Any]]:
-    """The images of each conversation."""
-    left = iter(images)
-    contents = [[m["content"] for m in chat if not isinstance(m["content"], str)] for chat in chats]
-    return [
-        [next(left) for content in row for part in content if part["type"] == "image"]
-        for row in contents
-    ]
+        left, rows = iter(images), []
+        for chat in chats:
+            contents = [m["content"] for m in chat if not isinstance(m["content"], str)]
+            parts = [part for content in contents for part in content]
+            rows.append([next(left) for part in parts if part["type"] == "image"])
+        return call(**{**media, "images": rows})
 
 
 def build_inputs(

@@ -67,7 +67,10 @@ def focus(score: Score, total: int, rate: float, count: int) -> list[int]:
     rng, wanted = np.random.default_rng(SEED), max(PARTS, math.ceil(total / rate / PART))
     arms = _parts(total, max(1, total // wanted))
     share = max(CLOSE, math.ceil(SHARE * len(arms)))
-    first = [place for arm in arms for place in _first(arm, rng)]
+    first = []
+    for arm in arms:  # the centre and random places
+        free = [place for place in range(arm.start, arm.end + 1) if place != arm.centre]
+        first += [arm.centre, *_random(free, FIRST, rng)]
     scores = score(first)
     _learn(arms, scores)
     step = min(max(1, round(FINE * rate)), max(1, total // wanted))
@@ -80,7 +83,9 @@ def focus(score: Score, total: int, rate: float, count: int) -> list[int]:
     scores |= more
     ranked = sorted(scores, key=lambda place: (-scores[place], place))
     taken = set(ranked[: round(TOP * min(count, len(scores)))])
-    _draw(_best(arms)[: min(share, MOST)], taken, count - len(taken), _gap(total, rate, count), rng)
+    distance = total / rate / count  # in seconds
+    gap = 0 if distance <= DENSE else round(min(GAP, GAP_SHARE * distance) * rate)
+    _draw(_best(arms)[: min(share, MOST)], taken, count - len(taken), gap, rng)
     left = [p for p in dict.fromkeys([*ranked, *range(total)]) if p not in taken]
     return sorted([*taken, *left[: count - len(taken)]])
 
@@ -90,12 +95,6 @@ def _parts(total: int, length: int) -> list[Arm]:
     number = total // length
     length = total // number
     return [Arm(k * length, (k + 1) * length - 1) for k in range(number)]
-
-
-def _first(arm: Arm, rng: np.random.Generator) -> list[int]:
-    """The centre and random places."""
-    free = [place for place in range(arm.start, arm.end + 1) if place != arm.centre]
-    return [arm.centre, *_random(free, FIRST, rng)]
 
 
 def _random(free: list[int], count: int, rng: np.random.Generator) -> list[int]:
@@ -122,12 +121,6 @@ def _closely(window: range, step: int, known: set[int], rng: np.random.Generator
     found = {window[int(k * width + width / 2)] for k in range(even)} - known
     free = [place for place in window if place not in known and place not in found]
     return found | set(_random(free, wanted - even, rng))
-
-
-def _gap(total: int, rate: float, count: int) -> int:
-    """Frames between two chosen ones."""
-    distance = total / rate / count
-    return 0 if distance <= DENSE else round(min(GAP, GAP_SHARE * distance) * rate)
 
 
 def _draw(arms: list[Arm], taken: set[int], count: int, gap: int, rng: np.random.Generator) -> None:
