@@ -27,10 +27,7 @@ _REGISTRY: dict[str, type[Adapter]] = {}
 def register_adapter(cls: A) -> A:
     """Class decorator that registers an adapter for its model types.
 
-    Raises
-    ------
-    NameTakenError
-        Another class is registered for a model type.
+    Raises `NameTakenError` if another class is registered for one of them.
     """
     if not cls.__module__.startswith(f"{PACKAGE}."):
         _load_built_in()  # so that a conflict with a built-in adapter is found now

@@ -22,18 +22,12 @@ NOWHERE = -1
 class Held:
     """Rows of the widest layer, one entry per row, in the order of the conversation.
 
-    Attributes
-    ----------
-    columns : Tensor of int64, shape (n,)
-        Column of the uncompressed sequence.
-    items : Tensor of int64, shape (n,)
-        Number of the last item that shows the row; `TEXT` for rows that are never evicted.
-        Timestamps and delimiters belong to their item. A patch is shown by later items too whose
-        pictures lack it, because it has not changed (the reducer "delta").
-    places : Tensor of int64, shape (n,)
-        Equal for patches at the same place of pictures of one shape; `NOWHERE` for other rows.
-    appearance : Tensor, shape (n, d), or shape (n, 0)
-        Features of patches at the decoder's input, if the policy compares them.
+    `columns` of the uncompressed sequence, int64 (n,). `items`, int64 (n,): number of the last item
+    that shows the row, `TEXT` for rows that are never evicted. Timestamps and delimiters belong to
+    their item; a patch is shown by later items too whose pictures lack it, because it has not
+    changed (the reducer "delta"). `places`, int64 (n,): equal for patches at the same place of
+    pictures of one shape, `NOWHERE` for other rows. `appearance` (n, d): features of patches at the
+    decoder's input, if the policy compares them, else (n, 0).
     """
 
     columns: Tensor

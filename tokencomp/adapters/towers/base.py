@@ -24,32 +24,16 @@ from tokencomp.tokens.tokens import Grid, Modality
 class TowerCall:
     """One call of a vision tower: all images, or all videos, of a batch.
 
-    Attributes
-    ----------
-    pixels : Tensor
-        First argument of the tower: (patches, values) if packed, else (pictures, 3, H, W).
-    grids : Tensor of int64, shape (media, 3), or None
-        (t, h, w) in patches, for packed towers.
-    modality
-        "video" if the body's method that called the tower encodes videos, else "image".
-    arguments
-        Arguments of that method by name; empty if the tower was called directly.
-    modalities : Tensor of int8, shape (B, L), or None
-        `Adapter.modalities` of the prompt, if the stage compares pictures.
-    ids : Tensor of int64, shape (B, L), or None
-        Its `input_ids`, if there are any.
-    cache
-        Its KV cache.
-    cells, cost
-        From a stage in the tower: the cells, and the work (`TowerCost`).
-    rows
-        From the stage, once it has chosen: the rows that its block and later ones see
-        (`TowerRows`).
-    values
-        From the blocks, by signal, float32, (pictures, rows, d); in packed towers all media are one
-        picture.
-    packing
-        Tiles per image, and the other arguments of `Adapter.packer`, if it was called.
+    `pixels` are the first argument of the tower: (patches, values) if packed, else
+    (pictures, 3, H, W); `grids`, int64 (media, 3), the (t, h, w) in patches of packed towers.
+    `modality` is "video" if the body's method that called the tower encodes videos, and `arguments`
+    are those of the method by name, none if the tower was called directly. `packing` has tiles per
+    image, and the other arguments of `Adapter.packer`, if it was called.
+
+    `ids` and, if the stage compares pictures, `modalities` (int8) are those of the prompt, (B, L)
+    each, and `cache` is its KV cache. A stage in the tower sets `cells`, `cost` (`TowerCost`), and,
+    once it has chosen, `rows`, which its block and later ones see (`TowerRows`). The blocks set
+    `values` by signal, float32 (pictures, rows, d); in packed towers all media are one picture.
     """
 
     pixels: Any
@@ -109,20 +93,10 @@ class Cells:
 class Tower(ABC):
     """The layout of one model's vision tower.
 
-    Attributes
-    ----------
-    blocks
-        The blocks whose output the model uses, in order.
-    unused
-        Blocks after them, which need not run.
-    restorers
-        Modules whose output is restored to full length, with NaN in dropped rows.
-    projectors
-        Modules that convert patches to tokens, for the count of FLOPs.
-    frames_apart
-        See `TowerStage.frames_apart`.
-    std
-        By what the family's usual processor divides pixels of 0 … 1, per channel.
+    The model uses the output of `blocks`, in order; those that are `unused` after them need not
+    run. The output of `restorers` is restored to full length, with NaN in dropped rows;
+    `projectors` convert patches to tokens, for the count of FLOPs. The family's usual processor
+    divides pixels of 0 … 1 by `std`, per channel.
     """
 
     frames_apart = False

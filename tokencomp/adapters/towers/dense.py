@@ -17,21 +17,12 @@ from tokencomp.tokens.tokens import Grid, Modality
 class DenseTower(Tower):
     """Towers of square pictures of equal size; a cell is a square of patches.
 
-    Parameters
-    ----------
-    image, video
-        Patches of one picture that each token reads: int64 (tokens, m), -1 for none.
-    restorer
-        The module whose output is restored to full length, see `Tower`; None: the tower.
-    layer
-        Hidden state (or states) of the tower that the model uses, counted as in transformers.
-    pooled_frames
-        Frames of a video that one token reads.
-    projects_tokens
-        Whether the projector gets pooled tokens of a video instead of all patches.
-    keys
-        `Cells.keys` of the pictures of a call with the `TowerCall.modalities`; None: all show the
-        same place.
+    `image` and `video` are the patches of one picture that each token reads, int64 (tokens, m), -1
+    for none; a token of a video reads `pooled_frames` frames. The model uses the hidden state (or
+    states) `layer` of the tower, counted as in transformers. `restorer`: see `Tower`; None: the
+    tower. With `projects_tokens`, the projector gets pooled tokens of a video instead of all
+    patches. `keys` gives `Cells.keys` of a call and its modalities; None: all pictures show the
+    same place.
     """
 
     frames_apart = True

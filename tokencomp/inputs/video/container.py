@@ -15,7 +15,7 @@ SKIPS = frozenset(["h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video"])
 """Decoders that leave out a frame where its packet asks for it, and decode all others."""
 
 
-class VideoFile:
+class VideoFile(contextlib.AbstractContextManager["VideoFile"]):
     """The frames of a video file.
 
     `opened` opens it, and is called again if the file is not seekable; `threads` and `options` are
@@ -55,9 +55,6 @@ class VideoFile:
     def close(self) -> None:
         self._container.close()
 
-    def __enter__(self) -> VideoFile:
-        return self
-
     def __exit__(self, *_: Any) -> None:
         self.close()
 
@@ -88,8 +85,10 @@ class VideoFile:
         shares it; frames in between that no other needs are skipped. In place of a damaged frame
         comes the one shown before it, or after it if there is none.
         """
-        if self.index.packets is None:
-            yield from self._in_order(set(places))
+        if self.index.packets is None:  # without times, all frames are decoded
+            self._start_again()
+            every = enumerate(self._decode(self._demux()))
+            yield from (pair for pair in every if pair[0] in places)
             return
         groups: dict[int, list[int]] = {}
         for place in sorted(places):
@@ -127,7 +126,7 @@ class VideoFile:
     @cached_property
     def _packets(self) -> Packets:
         packets = self.index.packets
-        assert packets is not None  # else `_in_order` reads the file
+        assert packets is not None  # else `frames` decodes the whole file
         return packets
 
     @cached_property
@@ -215,13 +214,6 @@ class VideoFile:
             self.decoded += 1
             self._watch(frame)
             yield frame
-
-    def _in_order(self, wanted: set[int]) -> Iterator[tuple[int, Any]]:
-        """Frames of a file without times: all are decoded."""
-        self._start_again()
-        for place, frame in enumerate(self._decode(self._demux())):
-            if place in wanted:
-                yield place, frame
 
     def _bears(self, error: Exception) -> bool:
         """Whether an error is due to the content of the file, so that another frame can be used."""

@@ -90,16 +90,8 @@ class VilaProcessor:
         The content of a message is a string, or a list of {"type": "text", "text": …},
         {"type": "image", "image": PIL image, array or path} and {"type": "video", "video": path
         or frames}. If the result is text, the media may be left out. `num_frames` and further
-        options have the meaning that they have in `__call__`.
-
-        Raises
-        ------
-        OptionError
-            If this processor does not have an option.
-        CheckpointError
-            If the checkpoint names no conversation format.
-        MediaError
-            If a content part has an unknown type, or its medium is missing although it is needed.
+        options are those of `__call__`. Raises `CheckpointError` if the checkpoint names no
+        conversation format, `MediaError` for a content part of unknown type or without its medium.
         """
         check_options(kwargs)
         if self.chat_template is None:
@@ -142,8 +134,6 @@ class VilaProcessor:
 
         Parameters
         ----------
-        text
-            One prompt or a batch of prompts.
         images
             Images of all prompts in order, as a flat list or as one list per prompt.
         videos
@@ -152,10 +142,9 @@ class VilaProcessor:
         num_frames
             Number of frames per video, which overrides `self.num_frames`.
         add_special_tokens
-            False: the texts are parts of prompts, before which no token of the tokenizer stands.
+            False: the texts are parts of prompts, which begin with no token of the tokenizer.
         **kwargs
-            Options that this processor implements anyway, such as padding=True,
-            padding_side="left" and return_tensors="pt".
+            Options that this processor implements anyway, see `AS_IS`.
 
         Returns
         -------
