@@ -89,21 +89,12 @@ def stored(layer: Any, name: Literal["keys", "values"]) -> Tensor:
 
 
 class CacheOwner:
-    """Whether the patch that compressed a cache is still installed; shared by copies of the cache.
-
-    Attributes
-    ----------
-    compact
-        Whether positions count kept tokens only.
-    active
-        Whether the hooks of the patch are installed.
-    types
-        `LayerTypes` of the decoder at the last prompt; None before the first.
-    """
+    """Whether the patch that compressed a cache is still installed; copies share it."""
 
     def __init__(self, compact: bool) -> None:
-        self.compact, self.active = compact, False
-        self.types: Any = None
+        self.compact = compact  # positions count kept tokens only
+        self.active = False  # the hooks of the patch are installed
+        self.types: Any = None  # `LayerTypes` of the decoder at the last prompt
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheOwner:
         return self
@@ -194,13 +185,7 @@ class CompressedLayer(CacheLayerMixin):
         self.row_map = self.row_map.select(lambda t: t[indices])
 
     def _rows_after_crop(self, length: int) -> int:
-        """Number of rows that `crop(length)` leaves.
-
-        Raises
-        ------
-        UnsupportedCacheError
-            Among the removed rows are media with dropped tokens, or merged tokens.
-        """
+        """Rows that `crop(length)` leaves; media with dropped or merged tokens must not leave."""
         # transformers >= 5.14 passes minus the number of removed tokens, older releases a length in
         # columns.
         rows = self.rows + length if length <= 0 else length - self.row_map.dropped
@@ -336,19 +321,11 @@ class CompressedHybridSlidingLayer(CompressedSlidingLayer, HYBRID_SLIDING):  # t
 
 
 class CompressedReferenceLayer(CompressedDynamicLayer):
-    """Mixin of compressed reference layers.
+    """Mixin of compressed reference layers."""
 
-    Attributes
-    ----------
-    prefill_length : int
-        Number of prompt rows to keep, if known before they are written.
-    prefill_cumulative_length, cumulative_length : int
-        Prompt rows written, and rows written after them.
-    """
-
-    prefill_length: int
-    prefill_cumulative_length: int
-    cumulative_length: int
+    prefill_length: int  # prompt rows to keep, if known before they are written
+    prefill_cumulative_length: int  # prompt rows written
+    cumulative_length: int  # rows written after the prompt
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Rows that a write of `query_length` returns, and entry of the first in the 2-D mask."""
@@ -376,18 +353,11 @@ class CompressedStaticLayer(CompressedLayer, StaticLayer):
 
     The number of written rows is a tensor. No method of a decode step reads it on the host, so
     compiled graphs and CUDA graphs are not interrupted.
-
-    Attributes
-    ----------
-    cumulative_length : Tensor of int64, shape ()
-        Rows written.
-    offset : Tensor of int64, shape ()
-        `row_map.dropped` on the device. A Python number would be a constant of the compiled graph.
     """
 
     plain = StaticLayer
-    cumulative_length: Tensor
-    offset: Tensor
+    cumulative_length: Tensor  # rows written, int64, shape ()
+    offset: Tensor  # `row_map.dropped` on the device: a number would be a constant of the graph
 
     def note(self, row_map: RowMap) -> None:
         self.row_map, self.offset = row_map, torch.tensor(row_map.dropped, device=self.device)
@@ -541,10 +511,7 @@ def note_prompt(call: Any, cache: Any, owner: CacheOwner) -> Any:
 
 
 def note_turn(call: Any, cache: Any) -> None:
-    """Store which rows of the cache are real, if later tokens had padding.
-
-    Cache layers would take it for real rows.
-    """
+    """Store which rows of the cache are real, if later tokens had padding."""
     if cache is None or call.segments[0].new.mask() is None:
         return
     for segment in call.segments:

@@ -35,46 +35,27 @@ from tokencomp.torchlib.hooks import Hooked
 
 @dataclass
 class Segment:
-    """Layers `first … stop - 1`, which see the same rows, of this call and of earlier ones.
-
-    Attributes
-    ----------
-    past
-        Rows in their cache layers at the start of the call.
-    new
-        Rows of this call: those before any stage, until the stage of the segment sets them.
-    stage
-        The stage before layer `first`, or None.
-    index : Tensor of int64, shape (B, rows), or None
-        Row of segment 0 for every new row, by which arguments of the decoder are gathered; None:
-        the same rows.
-    masks, tables
-        By layer type: `attention_mask` and rotary tables. Empty in segment 0, where the decoder
-        computes them.
-    text_positions, lengths
-        `position_ids` of the layers, and lengths of packed prompts (`cu_seq_lens_*`).
-    cached
-        At the start of the call: the first cache layer from `first` on that holds rows, or None.
-    merges
-        Whether attention counts a new row as often as `new.weights` says. Reducers that merge by
-        themselves count tokens there too, for later stages alone.
-    ready
-        Whether layer `first` has been entered.
-    """
+    """Layers `first … stop - 1`, which see the same rows, of this call and of earlier ones."""
 
     first: int
     stop: int
-    past: RowMap
-    new: RowMap
-    stage: Stage | None = None
+    past: RowMap  # rows in their cache layers at the start of the call
+    new: RowMap  # rows of this call before any stage, until the stage of the segment sets them
+    stage: Stage | None = None  # the stage before layer `first`
+    # Row of segment 0 for every new row, int64 (B, rows), by which arguments of the decoder are
+    # gathered; None: the same rows.
     index: Tensor | None = None
+    # By layer type: `attention_mask` and rotary tables. Empty in segment 0, where the decoder
+    # computes them.
     masks: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, Any] = field(default_factory=dict)
-    text_positions: Tensor | None = None
-    lengths: dict[str, Any] = field(default_factory=dict)
-    cached: Any = None
+    text_positions: Tensor | None = None  # `position_ids` of the layers
+    lengths: dict[str, Any] = field(default_factory=dict)  # of packed prompts (`cu_seq_lens_*`)
+    cached: Any = None  # first cache layer from `first` on that held rows at the start of the call
+    # Whether attention counts a new row as often as `new.weights` says. Reducers that merge by
+    # themselves count tokens there too, for later stages alone.
     merges: bool = False
-    ready: bool = False
+    ready: bool = False  # whether layer `first` has been entered
 
     def columns(self, batch: int, device: torch.device) -> Tensor | None:
         """Column of every row, cached or new, (B, rows); None: row i is column i."""
@@ -121,18 +102,10 @@ def build_segments(
 ) -> list[Segment]:
     """Split a decoder of `total` layers at the stages of the plan and of earlier calls.
 
-    Parameters
-    ----------
-    total
-        Number of decoder layers; for later tokens, of cache layers.
-    layers
-        Layers of the KV cache. Those that hold other rows than the layer before say so
-        (`starts_segment`), so that later tokens need no plan.
-    mask : Tensor, shape (B, past + L), or None
-        Padding mask of the caller, for cache layers that are not compressed. The map of a
-        compressed layer says which of its rows are real.
-    new
-        Rows of the call before any stage.
+    For later tokens `total` counts cache layers. Cache `layers` that hold other rows than the layer
+    before say so (`starts_segment`), so that later tokens need no plan; the map of a compressed
+    layer says which of its rows are real, and the caller's padding `mask` (B, past + L) is for the
+    others. `new`: rows of the call before any stage.
     """
     # A segment starts at every stage of this plan, and at those that earlier calls had.
     stages = {s.layer: s for s in plan.stages}
@@ -156,53 +129,27 @@ def build_segments(
 
 @dataclass
 class Noted:
-    """What hooks outside the decoder store for its next call.
+    """What hooks outside the decoder store for its next call."""
 
-    Attributes
-    ----------
-    columns
-        From `generate`: number of columns of its prompt; None outside of `generate`.
-    arguments
-        From `generate`: its arguments by name; None outside of it.
-    types : Tensor of int, shape (B, L), or None
-        From `generate`: modality of every feature in `inputs_embeds`, if the model takes none.
-    chunk
-        From `generate`: chunk size of a chunked prefill; None: one pass.
-    labels
-        From the model: labels of a training call, or None.
-    logits
-        From the model: number of last columns whose logits are returned; 0: all.
-    drafts
-        From the model: number of speculative tokens at the end of the call.
-    grad
-        Whether autograd was on when the model, the body or the decoder was last entered.
-    in_body
-        From the body: whether it is running.
-    inputs
-        From the body: its arguments by name.
-    modalities : Tensor of int8 on the CPU, shape (B, L), or None
-        From the body: modality of the feature in every column, see `Adapter.modalities`.
-    mask
-        From the body: its `attention_mask`.
-    apart
-        From the body: modalities of the media that no stage of this call sees.
-    encoded
-        Calls of the vision tower within the call of the model, in order; None outside of a call.
-    """
-
-    columns: int | None = None
-    arguments: dict[str, Any] | None = None
+    columns: int | None = None  # of the prompt of `generate`; None outside of it
+    arguments: dict[str, Any] | None = None  # of `generate`, by name; None outside of it
+    # From `generate`: modality of every feature in `inputs_embeds`, int (B, L), if the model takes
+    # none.
     types: Tensor | None = None
-    chunk: int | None = None
-    labels: Tensor | None = None
-    logits: int = 0
-    drafts: int = 0
-    grad: bool = False
-    in_body: bool = False
-    inputs: dict[str, Any] | None = None
+    chunk: int | None = None  # from `generate`: chunk size of a chunked prefill; None: one pass
+    labels: Tensor | None = None  # of a training call of the model
+    logits: int = 0  # last columns whose logits the model returns; 0: all
+    drafts: int = 0  # speculative tokens at the end of the call of the model
+    grad: bool = False  # autograd was on when the model, the body or the decoder was last entered
+    in_body: bool = False  # the body is running
+    inputs: dict[str, Any] | None = None  # of the body, by name
+    # Modality of the feature in every column of the body, int8 (B, L) on the CPU, see
+    # `Adapter.modalities`.
     modalities: Tensor | None = None
-    mask: Any = None
+    mask: Any = None  # `attention_mask` of the body
+    # Modalities of the media that no stage of this call sees.
     apart: frozenset[Modality] = frozenset()
+    # Calls of the vision tower within the call of the model, in order; None outside of a call.
     encoded: list[TowerCall] | None = None
 
 
@@ -210,114 +157,59 @@ class Noted:
 class Call:
     """One decoder call on compressed rows: a prompt with media, or later tokens with its cache.
 
-    It is complete when it is created. Two modules store results in it: `decoder.py` those of the
-    passes that it runs, and `choose.py` those of the stages.
-
-    Attributes
-    ----------
-    plan, spans
-        The plan, and the visual spans of every sample. Empty for later tokens.
-    width
-        Columns of the call in the caller's batch.
-    segments
-        Segments of the decoder layers; at least one.
-    first_map
-        Rows before any stage.
-    cache, first_layer
-        KV cache of the call, and its first layer with rows, or None.
-    modalities
-        Those of the spans.
-    length
-        Columns of the sequence after this call.
-    segment_of
-        The segment of every layer.
-    by_column
-        Whether windows are measured in columns; False for `positions="compact"`.
-    prepared
-        The mask that the body prepared for the uncompressed call, see `Masks`.
-    layer_types
-        Types of the decoder layers, and their attention windows.
-    prompts
-        Per sample, per packed prompt: its number of tokens, and numbers of its spans.
-    counts
-        Per sample, per span: visual tokens kept after each stage.
-    entering
-        Per sample, per span: visual tokens that reach the decoder; `choose.enter` counts them
-        where the pixels decide how many the tower keeps.
-    shares
-        Per sample, per span: its share in a budget; None without a budget.
-    merges
-        Whether a stage merges tokens in this call.
-    tail
-        Number of last columns that no stage moves.
-    tower_signals, tower_costs
-        From `tower/`: signals of the vision tower by sample and span, and the work of its calls.
-    rotary
-        From `decoder.py`: original positions (B, n) of the rows that the decoder runs on, if it has
-        one position per token.
-    numbers
-        From `later.py`: dtype of masks that add log(weight) to the attention logits; None: masks
-        only hide rows.
-    chunk, earlier
-        From `decoder.py`: chunk size of a chunked prefill (None: one pass), and hidden states of
-        the chunks that have run.
-    weighing
-        From `decoder.py`: what attention has requested of the weights of merged tokens; None if
-        the call has none.
-    memory
-        What the cache showed of pictures before the call.
-    entered, compared
-        Pictures of the call, for the memory after it; and by which signal the pictures of a
-        modality were compared. From `choose.py` and `tower/`.
-    map
-        From `choose.py`: rows after the latest stage.
-    scores
-        From `choose.py`: attention scores for later stages; None if no reducer needs any.
-    kept
-        From `choose.py`: the map after each stage.
-    survivors
-        From `choose.py`: the map after a stage in the vision tower.
-    stage_seconds
-        From `choose.py`: host time of the stages.
+    It is complete when it is created. Later, `decoder.py` stores results of the passes that it
+    runs, `choose.py` those of the stages, and `tower/` those of the vision tower.
     """
 
     adapter: Adapter
     plan: Plan
-    spans: list[list[VisualSpan]]
-    width: int
-    segments: list[Segment]
-    map: RowMap
+    spans: list[list[VisualSpan]]  # visual spans of every sample; none for later tokens
+    width: int  # columns of the call in the caller's batch
+    segments: list[Segment]  # of the decoder layers; at least one
+    map: RowMap  # rows after the latest stage
     cache: Any = None
-    by_column: bool = True
-    prepared: Any = None
+    by_column: bool = True  # whether windows are measured in columns; not for positions="compact"
+    prepared: Any = None  # mask of the body for the uncompressed call, see `Masks`
     layer_types: LayerTypes = field(init=False)
+    # Per sample, per packed prompt: its number of tokens, and numbers of its spans.
     prompts: list[list[tuple[int, list[int]]]] = field(default_factory=list)
+    # Per sample, per span: visual tokens kept after each stage; visual tokens that reach the
+    # decoder (`choose.enter` counts them where the pixels decide how many the tower keeps); its
+    # share in a budget, if there is one.
     counts: list[list[list[int]]] = field(default_factory=list)
     entering: list[list[int]] = field(default_factory=list)
     shares: list[list[BudgetShare | None]] = field(default_factory=list)
-    merges: bool = False
-    tail: int = 0
+    merges: bool = False  # whether a stage merges tokens in this call
+    tail: int = 0  # number of last columns that no stage moves
+    # Signals of the vision tower by sample and span, and the work of its calls.
     tower_signals: dict[Signal, list[list[Tensor]]] = field(default_factory=dict)
     tower_costs: list[Any] = field(default_factory=list)
+    # Original positions (B, n) of the rows that the decoder runs on, if it has one position per
+    # token.
     rotary: Tensor | None = None
+    # Dtype of masks that add log(weight) to the attention logits (`later.py`); None: masks only
+    # hide rows.
     numbers: torch.dtype | None = None
-    chunk: int | None = None
-    earlier: list[Tensor] = field(default_factory=list)
-    weighing: Any = None
+    chunk: int | None = None  # size of the chunks of a prefill; None: one pass
+    earlier: list[Tensor] = field(default_factory=list)  # hidden states of the chunks that have run
+    weighing: Any = None  # what attention has requested of the weights of merged tokens
+    # What the cache showed of pictures before the call.
     memory: Memory = Memory()  # noqa: RUF009  # it never changes
+    # Pictures of the call, for the memory after it; and by which signal the pictures of a modality
+    # were compared.
     entered: list[Entered] = field(default_factory=list)
     compared: set[tuple[Signal, Modality]] = field(default_factory=set)
-    scores: Any = None
-    kept: list[RowMap] = field(default_factory=list)
-    survivors: RowMap | None = None
-    stage_seconds: float = 0.0
+    scores: Any = None  # `StageScores` of later stages, if a reducer needs any
+    kept: list[RowMap] = field(default_factory=list)  # the map after each stage
+    survivors: RowMap | None = None  # the map after a stage in the vision tower
+    stage_seconds: float = 0.0  # host time of the stages
 
     def __post_init__(self) -> None:
         self.layer_types = LayerTypes.of(self.adapter.decoder, served=True)
         self.modalities: set[Modality] = {span.modality for row in self.spans for span in row}
         self.segment_of = [s for s in self.segments for _ in range(s.first, s.stop)]
         past = self.segments[0].past
-        self.length = past.rows + past.dropped + self.width
+        self.length = past.rows + past.dropped + self.width  # of the sequence after this call
         self.first_layer, self.first_map = self.segments[0].cached, self.map
         if self.spans:
             self.memory = memory_of(self.cache)
@@ -449,30 +341,16 @@ def by_column(values: Tensor, columns: Tensor, real: Tensor | None, width: int) 
 
 
 class ThreadState:
-    """State of a patched model in one thread.
-
-    Attributes
-    ----------
-    noted
-        Notes on the running call of the model.
-    call
-        The running decoder call, if its rows, masks or positions differ from the caller's.
-    recomputed
-        The call whose checkpointed layer is recomputed in a backward pass.
-    weighs
-        Whether attention is widened for a call of this thread.
-    tower
-        The running call of the vision tower, until its output has full length again.
-    disabled
-        Depth of nested `Handle.disabled()` blocks.
-    """
+    """State of a patched model in one thread."""
 
     def __init__(self) -> None:
         self.noted = Noted()
+        # The running decoder call, if its rows, masks or positions differ from the caller's.
         self.call: Call | None = None
-        self.recomputed: Call | None = None
-        self.tower: TowerCall | None = None
-        self.weighs, self.disabled = False, 0
+        self.recomputed: Call | None = None  # its checkpointed layer runs in a backward pass
+        self.tower: TowerCall | None = None  # until the output of the tower has full length again
+        self.weighs = False  # whether attention is widened for a call of this thread
+        self.disabled = 0  # depth of nested `Handle.disabled()` blocks
 
 
 class RunningCalls(threading.local):

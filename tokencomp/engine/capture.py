@@ -103,13 +103,7 @@ def unwrapped(module: Any) -> Any:
 
 
 def attention_of(root: nn.Module) -> Any:
-    """The attention module of a decoder layer; an attention module is returned itself.
-
-    Raises
-    ------
-    UnsupportedModelError
-        There is none (recurrent layers), or its logits have a bias.
-    """
+    """The attention module of a decoder layer, which must have one; an attention module itself."""
     return _named_attention(unwrapped(root))[1]
 
 
@@ -142,21 +136,10 @@ def capture_qk(
 ) -> Captured:
     """Queries and keys that an attention module computes for `hidden` (B, n, d).
 
-    Parameters
-    ----------
-    root
-        The module, or the decoder layer around it; called with `hidden`.
-    arguments
-        Further arguments of the call, for these n columns.
-    skipped
-        Names of projections in the module whose results are not needed.
-    rows
-        Rows whose queries are returned; None: all.
-
-    Raises
-    ------
-    UnsupportedModelError
-        The module does not call the backend that its config names, or changes logits in other ways.
+    `root` is the module, or the decoder layer around it; it is called with `hidden` and further
+    `arguments`, for these n columns. Results of the projections named in `skipped` are not needed.
+    `rows`: rows whose queries are returned; None: all. A module that does not call the backend that
+    its config names, or changes logits in other ways, is refused.
     """
     from tokencomp.kernels import gather_rows
 

@@ -64,10 +64,7 @@ CHECKPOINTED = "_checkpoint_wrapped_module."
 def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
     """Modules of a decoder that compute rotary tables, recognised by their inverse frequencies.
 
-    Raises
-    ------
-    UnsupportedModelError
-        Such a module is inside a layer, or in a list with one per layer.
+    A module inside a layer, or in a list with one per layer, is refused.
     """
     found = {
         name: module
@@ -84,13 +81,7 @@ def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
 
 
 def check_entry(plan: Plan, adapter: Adapter) -> None:
-    """Refuse an entry stage whose reducer needs attention scores that layer 0 cannot provide.
-
-    Raises
-    ------
-    PlanError
-        Layer 0 has linear attention, for example, or takes several streams of hidden states.
-    """
+    """Refuse an entry stage whose reducer needs attention scores that layer 0 cannot provide."""
     entry = plan.entry
     if entry is None or not any(isinstance(signal, Attention) for signal in entry.needs):
         return
@@ -136,14 +127,7 @@ def check_modalities(plan: Plan, adapter: Adapter) -> None:
 
 
 def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
-    """Refuse stages between layers where the decoder does not allow them.
-
-    Raises
-    ------
-    PlanError
-        The model is supported at entry only; a later layer reuses keys or an indexer's selection of
-        a layer before the stage; or no layer before the stage has attention to score with.
-    """
+    """Refuse stages between layers where the decoder does not allow them."""
     decoder, layers = adapter.decoder, [stage.layer for stage in plan.layer_stages]
     if not layers:
         return
@@ -204,11 +188,6 @@ def _scored_layer(layer_types: LayerTypes, plan: Plan, stage: int) -> int:
     The last layer with full attention between the previous stage and this one; else the last with a
     window, whose scores are computed as if all tokens were visible. If all layers between two
     stages have linear attention, a layer before the first stage scores for both.
-
-    Raises
-    ------
-    PlanError
-        No layer before the stage has attention.
     """
     types = layer_types.types
     # Layers since the previous stage see the same rows as this stage.
@@ -408,17 +387,8 @@ def refuse_recomputation(
 ) -> None:
     """Raise if gradient checkpointing will run this code again, after `lost` is gone.
 
-    Parameters
-    ----------
-    module
-        Module whose call is running. A checkpoint around the whole call is no problem.
-    certain
-        Whether it is known that the code will run again; else the stack is inspected.
-
-    Raises
-    ------
-    OptionError
-        A checkpoint inside the call of `module` surrounds the calling code.
+    `module` is running. A checkpoint around its whole call is no problem, one within it is. The
+    stack is inspected, unless it is `certain` that the code will run again.
     """
     if certain or checkpointed_since(module):
         raise OptionError(
@@ -464,13 +434,7 @@ class FeaturelessPrompts:
         self._warned = False
 
     def meet(self, arguments: Mapping[str, Any]) -> None:
-        """Warn, once per patch, if a prompt with placeholders of media runs uncompressed, and why.
-
-        Raises
-        ------
-        NoVisualInputError
-            `strict=True`: a prompt must contain features.
-        """
+        """Warn, once per patch, if a prompt with placeholders of media runs uncompressed."""
         if self.strict:
             raise NoVisualInputError(
                 "strict=True and this prompt brings no image or video, so nothing can be "

@@ -35,12 +35,8 @@ from tokencomp.tokens.tokens import Kept
 def enter(call: Call, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run the stages before the first decoder layer, on x (B, L, d) and positions (…, B, L).
 
-    Returns
-    -------
-    x, positions
-        Of the n kept rows.
-    columns : Tensor of int64, shape (B, n), or None
-        Column of the caller's batch of every row; None if all rows are kept in place.
+    Returns both for the n kept rows, and the column of the caller's batch of every row, int64 (B,
+    n); None if all rows are kept in place.
     """
     started, columns = time.perf_counter(), call.map.columns
     if columns is not None:  # the batch is not left-padded: align real columns to the right
@@ -126,14 +122,9 @@ def _keep(
 def choose(call: Call, stage: Stage, x: Tensor) -> tuple[list[list[int]], Chosen, Kept | None]:
     """Let the reducer of a stage choose tokens of every span.
 
-    Returns
-    -------
-    counts
-        Per sample, per span: number of kept tokens, including text between the frames of a video.
-    chosen
-        Spans of which the reducer chose some tokens, but not all.
-    kept
-        Its choice over all of these spans, concatenated; None if there are none.
+    Returns, per sample and span, the number of kept tokens, including text between the frames of a
+    video; the spans of which the reducer chose some tokens, but not all; and its choice over all of
+    these spans, concatenated, or None if there are none.
     """
     counts, cuts = _cuts(call, stage)
     scores = texts = None
@@ -180,7 +171,8 @@ def patches_of(
 ) -> Patches:
     """The patches of the spans that lose tokens, with what the reducer needs of each.
 
-    Index tables are built on the host and move to the device in one copy:
+    x (B, n, d) are hidden states of all rows; `scores` (kept visual tokens,) those of the tokens of
+    all spans of all samples. Index tables are built on the host and move to the device in one copy:
 
         column           0  1  2  3  4  5  6  7  8      span at columns 2 … 6, patch 1 dropped
         row              0  1  2  .  3  4  5  6  7
@@ -188,13 +180,6 @@ def patches_of(
         table "rows"           2     3  4  5            flat row (sample · rows + row)
         table "shift"         -2    -2 -2 -2            column + shift = number of the token
         numbers                0     2  3  4            in the uncompressed spans
-
-    Parameters
-    ----------
-    x : Tensor, shape (B, n, d)
-        Hidden states of all rows.
-    scores : Tensor of float32, shape (kept visual tokens,), or None
-        Attention scores of the tokens of all spans of all samples, concatenated.
     """
     row_map, flat, numbers = call.map, x.flatten(0, 1), None
     tables, adjacent = _host_tables(row_map, cuts, scores)

@@ -67,15 +67,7 @@ from tokencomp.torchlib import compat
 
 
 class DecoderHooks(CallHooks):
-    """Compresses the input of the decoder, and applies the plan to its layers and the tower.
-
-    Attributes
-    ----------
-    plan
-        The current plan.
-    stats
-        Counts of the latest compressed prefill, in any thread.
-    """
+    """Compresses the input of the decoder, and applies the plan to its layers and the tower."""
 
     def __init__(
         self,
@@ -87,7 +79,7 @@ class DecoderHooks(CallHooks):
     ) -> None:
         super().__init__(adapter, calls)
         self.plan = plan
-        self.stats: Stats | None = None
+        self.stats: Stats | None = None  # of the latest compressed prefill, in any thread
         self._owner, self._featureless = owner, featureless
         self._missed: set[str] = set()  # plans that a prompt has missed
         self.weights = RowWeights(adapter, calls)

@@ -16,17 +16,9 @@ from tokencomp.tokens.signals import FRAMES
 def frames_before(call: Call, x: Tensor) -> list[list[Tensor | None]]:
     """The latest frame of the same shape before every span, of the call or an earlier one.
 
-    The call gets the last frame of every span, for the memory of its cache.
-
-    Parameters
-    ----------
-    x : Tensor, shape (B, n, d)
-        Input of the first decoder layer, for all tokens of the call.
-
-    Returns
-    -------
-    list per sample of list per span of Tensor, shape (height · width, d), or None
-        None if there is no earlier frame of this shape.
+    Per sample and span (height · width, d), or None if there is none. x (B, n, d) is the input of
+    the first decoder layer, for all tokens. The call gets the last frame of every span, for the
+    memory of its cache.
     """
     found, unknown = [], set()
     for b, known in enumerate(call.memory.of(len(call.map.spans))):

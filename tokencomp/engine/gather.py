@@ -46,14 +46,8 @@ def gather_arguments(
 
     These are tensors (B or 1, width, ...), also inside mappings and lists: per-layer inputs, token
     types, ids for routers and hashes. Deepstack features have one row per visual token of the batch
-    instead, and are recognised by name.
-
-    Parameters
-    ----------
-    index : Tensor of int64, shape (B, n)
-        For every kept row: its index among the `width` entries.
-    mask : Tensor of bool, shape (B, n), or None
-        False at padding, where entries become 0.
+    instead, and are recognised by name. `index` (B, n) has, for every kept row, its index among the
+    `width` entries; `mask` (B, n) is False at padding, where entries become 0.
     """
     # Index -1 gathers zeros.
     columns = index if mask is None else index.masked_fill(~mask, -1)
@@ -146,18 +140,11 @@ def sequence_lengths(row_map: RowMap, kwargs: Mapping[str, Any]) -> dict[str, An
 def take(
     tensors: Sequence[Tensor], index: Tensor, dims: Sequence[int], mask: Tensor | None = None
 ) -> list[Tensor]:
-    """Gather rows `index` of every tensor; on a GPU in one launch.
+    """Gather rows `index` (B, n) of every tensor; on a GPU in one launch.
 
-    Parameters
-    ----------
-    tensors
-        On the device of `index`, any dtypes. The batch axis precedes the sequence axis; a batch of
-        1 is shared by all samples.
-    index : Tensor of int64, shape (B, n)
-    dims
-        Sequence axis of each tensor, may be negative.
-    mask : Tensor of bool, shape (B, n), or None
-        False at padding, which becomes 0: copies of other tokens there could carry NaN.
+    `tensors`, of any dtypes, are on the device of `index`. The batch axis, of B or 1 entries,
+    precedes the sequence axis, `dims` of each tensor, which may be negative. `mask` (B, n) is False
+    at padding, which becomes 0: copies of other tokens there could carry NaN.
     """
     from tokencomp.kernels import gather_rows
 

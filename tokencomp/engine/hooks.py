@@ -72,12 +72,8 @@ class CallGate:
 
     @contextlib.contextmanager
     def change(self) -> Iterator[None]:
-        """Block in which the patch changes; calls that begin meanwhile wait.
-
-        Raises
-        ------
-        ModelInUseError
-            A call is running, in this thread or another one.
+        """Block in which the patch changes; calls that begin meanwhile wait, and none may be
+        running.
         """
         with self._lock:
             if self._running:
@@ -120,14 +116,7 @@ class Hooks(CallHooks):
     Dynamo cannot trace most hooks, so they run between the graphs of a compiled model.
 
     A plan without stages needs no hooks, unless caches or features of an earlier plan may still be
-    used.
-
-    Parameters
-    ----------
-    strict
-        Whether prompts without media are refused.
-    compact_positions
-        Whether positions count kept tokens only.
+    used. With `strict`, prompts without media are refused.
     """
 
     def __init__(

@@ -47,17 +47,7 @@ PREFILL = "_prefill"  # method of transformers' generation that runs the prefill
 
 
 class LaterTokens:
-    """Prepares the arguments of decoder calls with a compressed cache.
-
-    Parameters
-    ----------
-    calls
-        Stores the running call, if its layers need more than a mask.
-    compact
-        Whether positions count kept tokens only.
-    weights
-        Widens the heads of calls whose masks cannot add weights.
-    """
+    """Prepares the arguments of decoder calls with a compressed cache."""
 
     def __init__(
         self, adapter: Adapter, calls: RunningCalls, compact: bool, weights: RowWeights
@@ -247,15 +237,8 @@ class ChunkedPrefill(Hooked):
     and the decoder processes the kept rows in chunks, which bounds the memory of attention and
     MLPs.
 
-    Text-only prompts, and all prompts while compression is off, are chunked by transformers. In
-    releases without the replaced method, prompts with media are not chunked.
-
-    Parameters
-    ----------
-    calls
-        Stores `chunk` while `generate` runs a prefill.
-    active
-        Whether prompts with media are compressed in the calling thread.
+    Text-only prompts, and all prompts while compression is off (`active()` is False), are chunked
+    by transformers. In releases without the replaced method, prompts with media are not chunked.
     """
 
     def __init__(self, adapter: Adapter, calls: RunningCalls, active: Callable[[], bool]) -> None:

@@ -23,27 +23,13 @@ from tokencomp.torchlib.masks import backend_mask
 
 @dataclass(frozen=True)
 class LayerType:
-    """Base class, and the type of layers with full causal attention.
+    """Base class, and the type of layers with full causal attention."""
 
-    Attributes
-    ----------
-    name
-        Its name in transformers' configs, and among the masks of a decoder.
-    window_field
-        Field of the text config with the size of its window, in tokens.
-    attends
-        Whether it has queries and keys, one row per token, so that its attention can score tokens.
-    skips_masks
-        Whether transformers may omit a mask that hides nothing.
-    masks_single_tokens
-        Whether the decoder builds a mask for a single token, too.
-    """
-
-    name: str
-    window_field: ClassVar[str | None] = None
-    attends: ClassVar[bool] = True
-    skips_masks: ClassVar[bool] = True
-    masks_single_tokens: ClassVar[bool] = False
+    name: str  # in configs of transformers, and among the masks of a decoder
+    window_field: ClassVar[str | None] = None  # field of the text config with its size, in tokens
+    attends: ClassVar[bool] = True  # with queries and keys, one row per token: it can score tokens
+    skips_masks: ClassVar[bool] = True  # transformers may omit a mask that hides nothing
+    masks_single_tokens: ClassVar[bool] = False  # the decoder builds a mask for a single token, too
 
     def visible(self, query: Any, key: Any, size: int, start: Any) -> Any:
         """Whether an earlier key is in the window of `size` tokens of a query.
@@ -192,36 +178,20 @@ BLOCKS = "minimax_m3_sparse"
 
 @dataclass(frozen=True)
 class LayerTypes:
-    """Types of the decoder layers, and their windows.
+    """Types of the decoder layers, and their windows."""
 
-    Attributes
-    ----------
-    types
-        Type of every layer.
-    sizes
-        By name of a type: number of tokens that a query sees at most, itself included, or tokens
-        per chunk.
-    named
-        Whether the config names the types, so that the decoder takes a mask for each.
-    cut
-        Cache length limit from a `sliding_window` that the layers ignore (Llama); None: no limit.
-    convolves
-        Whether attention layers also hold short convolutions, which take another mask.
-    relative
-        Whether attention has a bias by distance, see `RelativePositions`.
-    """
-
-    types: tuple[LayerType, ...]
+    types: tuple[LayerType, ...]  # of every layer
+    # By name of a type: number of tokens that a query sees at most, itself included, or tokens per
+    # chunk.
     sizes: Mapping[str, int]
-    named: bool
-    cut: int | None = None
-    convolves: bool = False
-    relative: bool = False
+    named: bool  # the config names the types, so that the decoder takes a mask for each
+    cut: int | None = None  # of the cache, from a `sliding_window` that the layers ignore (Llama)
+    convolves: bool = False  # attention layers also hold short convolutions, with another mask
+    relative: bool = False  # attention has a bias by distance, see `RelativePositions`
 
     @classmethod
     def of(cls, decoder: Any, served: bool = False) -> LayerTypes:
-        """Read the layer types of a decoder from its config, which may have changed since the last
-        call.
+        """Read the layer types of a decoder from its config, which may change between calls.
 
         Layers in `served` were checked when the model was patched, and are not checked again.
         """

@@ -49,11 +49,6 @@ class LayerHooks(CallHooks):
     That is so for prompts with stages between layers, and for later tokens with their caches; in
     other calls the hooks return at once. Once installed they remain until the patch is removed,
     because a compressed cache can outlive its plan.
-
-    Attributes
-    ----------
-    hooked
-        The decoder layers that have hooks.
     """
 
     def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
@@ -240,12 +235,8 @@ class RelativePositions(Hooked):
 
     After dropping, row distance is smaller than token distance. In a compressed call the bias is
     computed from columns, so distances do not change; compact positions count rows. Hooks act where
-    the decoder passes distances to a layer, or positions to the module of the bias.
-
-    Raises
-    ------
-    RowIndexedAttentionError
-        A layer of the decoder has such a bias, but takes neither argument.
+    the decoder passes distances to a layer, or positions to the module of the bias; a layer with
+    such a bias that takes neither is refused (`RowIndexedAttentionError`).
     """
 
     def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:

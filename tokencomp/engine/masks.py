@@ -62,15 +62,10 @@ from tokencomp.torchlib.masks import (
 class Masks:
     """The masks of one decoder call.
 
-    Attributes
-    ----------
-    call
-        Provides segments, and the mask that the body prepared for the uncompressed call
-        (`Call.prepared`): (B, 1, L, columns), as a tensor or block mask of FlexAttention, or a
-        mapping from layer types to such masks; None: plain causal attention.
-    real : Tensor of bool, shape (B, n), or None
-        False at padding among the rows of segment 0; None: all are real, or packed prompts
-        separate it. Other segments read the map of their rows.
+    `Call.prepared` is what the body prepared for the uncompressed call: (B, 1, L, columns), as a
+    tensor or block mask of FlexAttention, or a mapping from layer types to such masks; None: plain
+    causal attention. `real` (B, n) is False at padding among the rows of segment 0; None: all are
+    real, or packed prompts separate it. Other segments read the map of their rows.
     """
 
     call: Call
@@ -81,14 +76,10 @@ class Masks:
     def decoder_mask(self, x: Tensor) -> Any:
         """The `attention_mask` of the decoder; x (B, n, d) are the rows of segment 0.
 
-        Returns
-        -------
-        Tensor of bool, shape (B, entries), or None
-            The 2-D mask, from which the decoder makes its masks, see `_padding`. FlashAttention
-            takes no other mask, and reads all rows of a static cache, written or not: it needs
-            one by row, (B, rows), also if all rows are real.
-        masks by layer type, or one mask for all
-            Where those of the decoder would be wrong.
+        The 2-D mask, bool (B, entries) or None, from which the decoder makes its masks, see
+        `_padding`. FlashAttention takes no other mask, and reads all rows of a static cache,
+        written or not: it needs one by row, (B, rows), also if all rows are real. Where the
+        decoder's masks would be wrong: masks by layer type, or one for all.
         """
         types, first = self.call.layer_types, self.call.segments[0]
         wrong = self.call.prepared is not None or self._adds_weights(first)

@@ -33,18 +33,10 @@ Key = tuple[Any, ...]
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """What is shown at every place of pictures of one key.
+    """What is shown at every place of pictures of one key."""
 
-    Attributes
-    ----------
-    values : Tensor, shape (places, d)
-        Pixels or features.
-    rows : Tensor of int64, shape (places,)
-        The row of the first cache layer that shows them; -1: nothing is shown there.
-    """
-
-    values: Tensor
-    rows: Tensor
+    values: Tensor  # pixels or features, (places, d)
+    rows: Tensor  # row of the first cache layer that shows them, int64 (places,); -1: none
 
     def known(self) -> Tensor:
         """The values; NaN where nothing is shown."""
@@ -54,37 +46,23 @@ class Shown:
 
 @dataclass(frozen=True, eq=False)
 class Entered:
-    """A picture or video of a call, which later ones are compared with if the decoder holds it.
+    """A picture or video of a call, which later ones are compared with if the decoder holds it."""
 
-    Attributes
-    ----------
-    sample, key
-        Where it is remembered.
-    columns : ndarray of int64, shape (frames, places)
-        Column of the call of every patch.
-    values
-        Values of one frame, (places, d); or a function that takes the numbers of patches in the
-        picture, int64 (places,), and returns theirs.
-    span
-        First column and end of a span whose dropped patches count as shown as long as its last row
-        is held; None: dropped patches are not shown.
-    """
-
-    sample: int
+    sample: int  # where it is remembered, with `key`
     key: Key
+    # Column of the call of every patch, (frames, places).
     columns: np.ndarray[Any, np.dtype[np.int64]]
+    # Of one frame, (places, d); or a function that takes the numbers of patches in the picture,
+    # int64 (places,), and returns theirs.
     values: Tensor | Callable[[Tensor], Tensor]
+    # First column and end of a span whose dropped patches count as shown as long as its last row is
+    # held; None: dropped patches are not shown.
     span: tuple[int, int] | None = None
 
     def shown(self, rows: Tensor, before: Shown | None) -> Shown:
-        """What is shown after it.
+        """What is shown after it; `before`: what was shown of its key.
 
-        Parameters
-        ----------
-        rows : Tensor of int64, shape (columns,)
-            Row of every column of the call, -1: not held.
-        before
-            What was shown of its key.
+        `rows` has the row of every column of the call, int64 (columns,), -1: not held.
         """
         # (frames, places): the column of every patch, then its row.
         numbers = torch.from_numpy(self.columns).to(rows.device)
@@ -107,21 +85,11 @@ class Entered:
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """What the rows of a cache show of pictures, by sample.
+    """What the rows of a cache show of pictures, by sample."""
 
-    Attributes
-    ----------
-    samples
-        What is shown, by key, of the samples at the last prompt.
-    order : Tensor of int64, shape (B,), or None
-        Number in `samples` of every sample of the cache, on its device; None: there are none.
-    end
-        No row from here on shows anything.
-    """
-
-    samples: tuple[dict[Key, Shown], ...] = ()
-    order: Tensor | None = None
-    end: int = 0
+    samples: tuple[dict[Key, Shown], ...] = ()  # by key, of the samples at the last prompt
+    order: Tensor | None = None  # number in `samples` of every sample of the cache, int64 (B,)
+    end: int = 0  # no row from here on shows anything
 
     def of(self, batch: int) -> list[dict[Key, Shown]]:
         """What is shown in every sample of a batch; nothing in a batch of another size."""
@@ -139,14 +107,10 @@ class Memory:
     # -- what changes it ------------------------------------------------------------------------
 
     def append(self, entered: Sequence[Entered], rows: Tensor, end: int) -> Memory:
-        """The memory after a call.
+        """The memory after a call, when the cache has `end` rows.
 
-        Parameters
-        ----------
-        rows : Tensor of int64, shape (B, columns)
-            Row of the first cache layer of every column of the call, -1: not held.
-        end
-            Number of rows after the call.
+        `rows` has the row of the first cache layer of every column of the call, int64 (B, columns),
+        -1: not held.
         """
         samples = [dict(sample) for sample in self.of(len(rows))]
         for e in entered:

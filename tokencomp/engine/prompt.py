@@ -42,21 +42,10 @@ def read_prompt(
 ) -> tuple[Call, Tensor]:
     """Read a prefill call, before anything is computed or changed.
 
-    Parameters
-    ----------
-    arguments
-        Arguments of the decoder by name, with the 2-D padding mask as `attention_mask`.
-    noted
-        Notes of the hooks outside the decoder; its `modalities` are known.
-    **options
-        `by_column` and `prepared` of the `Call`.
-
-    Returns
-    -------
-    Call
-        With the map of the uncompressed rows, the counts of the plan, and the segments.
-    Tensor of int64
-        Positions of the uncompressed call, (3, B, L) for M-RoPE, else (B, L).
+    `arguments` are those of the decoder by name, with the 2-D padding mask as `attention_mask`; the
+    `modalities` of `noted` are known; `options` are `by_column` and `prepared` of the `Call`.
+    Returns the call, with the map of the uncompressed rows, the counts of the plan and the
+    segments; and its uncompressed positions, int64, (3, B, L) for M-RoPE, else (B, L).
     """
     modalities, x = noted.modalities, arguments["inputs_embeds"]
     assert modalities is not None
@@ -208,18 +197,10 @@ def build_prompts(
 ) -> list[list[Prompt]]:
     """The prompts of every sample, in columns of the caller's batch.
 
-    Parameters
-    ----------
-    real : Tensor of bool on the CPU, shape (B, L)
-        False at columns that the attention mask hides.
-    spans
-        Visual spans of every sample.
-    starts
-        First columns of packed prompts of every sample; None: one prompt per sample.
-    labels : Tensor of int64, shape (B, L), or None
-        The answer begins with the last run of trained labels.
-    generated
-        Number of last columns that were generated or drafted; used without labels.
+    `real` (B, L), on the CPU, is False at columns that the attention mask hides. `starts` are first
+    columns of packed prompts of every sample; None: one prompt per sample. The answer begins with
+    the last run of trained `labels` (B, L), or else with the last `generated` columns, which were
+    generated or drafted.
     """
     labels = None if labels is None or labels.shape != real.shape else labels.cpu()
     rows = []

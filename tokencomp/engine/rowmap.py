@@ -51,13 +51,8 @@ class KeptSpan:
 class Prompt:
     """Rows `start … stop - 1` of a sample: all of it, or one of several packed prompts.
 
-    Attributes
-    ----------
-    start, stop
-        Tokens of one prompt attend to each other and to no other prompt of the sample.
-    question_stop
-        The row after the last token of the question. Later rows (the answer of a training example,
-        generated tokens, or drafts of assisted decoding) do not vote on what is kept.
+    Tokens attend to no other prompt of the sample. Rows from `question_stop` on (the answer of a
+    training example, generated tokens, or drafts of assisted decoding) do not vote on what is kept.
     """
 
     start: int
@@ -173,9 +168,8 @@ class RowMap:
         return nn.functional.pad(known, (0, self.rows - known.shape[1]), value=1.0)
 
     def log_weights(self, rows: int, dtype: torch.dtype) -> Tensor:
-        """log(weight) of the first `rows` rows, (B, 1, 1, rows), where later rows weigh one.
-
-        A mask of numbers for a query that sees all of them.
+        """log(weight) of the first `rows` rows, (B, 1, 1, rows), as a mask of numbers; later rows
+        weigh one.
         """
         weights = self.weights
         assert weights is not None
@@ -230,22 +224,10 @@ class RowMap:
         One index table with the rows of text and whole spans is built on the host and moved to the
         device, where the choice of the reducer is filled in.
 
-        Parameters
-        ----------
-        counts
-            Per sample, per span: number of kept tokens.
-        chosen
-            (sample, span) of the spans from which a reducer chose, in order.
-        kept
-            Its choice over all of these spans, concatenated; None if there are none.
-
-        Returns
-        -------
-        RowMap
-        Tensor of int64, shape (B, new rows)
-            Row of this map for every new row; 0 at padding.
-        Tensor of int64, or None
-            Flat index (sample · new rows + row) of the rows that the reducer chose.
+        `counts` are kept tokens per sample, per span; `chosen` the (sample, span) from which a
+        reducer chose, in order; `kept` its choice over all of them, concatenated. Returns also the
+        row of this map for every new row, int64 (B, new rows), 0 at padding; and the flat index
+        (sample · new rows + row) of the rows that the reducer chose, int64, or None.
         """
         # Length of every sample after the stage; rows are aligned to the right.
         lengths = [

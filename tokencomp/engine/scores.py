@@ -43,27 +43,14 @@ LEFT_OUT = ("hidden_states", "attention_mask", "cache_position", *compat.CACHE_N
 
 @dataclass(eq=False)
 class StageScores:
-    """Scores for the stages of one call that have not run yet, by layer of the stage.
+    """Scores for the stages of one call that have not run yet, by layer of the stage."""
 
-    Attributes
-    ----------
-    layers
-        All decoder layers.
-    spans
-        Scores of visual tokens, float32 (kept visual tokens,), over the spans of all samples.
-    texts
-        Lengths of keys of text, for signals that have them instead of votes.
-    raters : Tensor of float32, shape (B, rows), or None
-        See `rater_weights`; None if no stage needs them.
-    seconds
-        Host time of scores by layers that have run.
-    """
-
-    layers: nn.ModuleList
-    spans: dict[int, Tensor] = field(default_factory=dict)
+    layers: nn.ModuleList  # of the decoder
+    spans: dict[int, Tensor] = field(default_factory=dict)  # float32 (kept visual tokens,)
+    # Lengths of keys, for signals without votes.
     texts: dict[int, list[list[Tensor]]] = field(default_factory=dict)
-    raters: Tensor | None = None
-    seconds: float = 0.0
+    raters: Tensor | None = None  # see `rater_weights`, (B, rows)
+    seconds: float = 0.0  # host time of scores by layers that have run
 
     @torch.no_grad()  # scores select rows, and carry no gradient
     def add(
@@ -77,22 +64,13 @@ class StageScores:
         past: RowMap,
         ran: Any = None,
     ) -> None:
-        """Compute scores for a stage.
+        """Compute scores for a stage from the input x (B, n, d) of the module that scores.
 
-        Parameters
-        ----------
-        x : Tensor, shape (B, n, d)
-            Input of the module that scores.
-        arguments
-            Its other arguments: rotary tables, and positions if it reads them.
-        row_map
-            Of the call. Only the question of every prompt votes, see `Prompt.question_stop`.
-        cache, past
-            KV cache, and rows of earlier turns in the cache layer of the module.
-        ran
-            The self-attention module that scores, if it has just run and the cache has its keys.
-            None: the decoder layer after the stage scores, before it runs. Only its input norm, q,
-            k and RoPE are computed.
+        That module is `ran`, an attention module that has just run, so that the cache has its keys.
+        If None, it is the decoder layer after the stage, before it runs: only its input norm, q, k
+        and RoPE are computed. `arguments` are the others of the module: rotary tables, and
+        positions if it reads them. Only the question of every prompt of the call's `row_map` votes,
+        see `Prompt.question_stop`. `past`: rows of earlier turns in the cache layer of the module.
         """
         root: Any = self.layers[stage] if ran is None else ran
         cached, keys = first_layer(cache, stage if ran is None else ran.layer_idx), None
@@ -141,12 +119,8 @@ def rater_weights(x: Tensor, row_map: RowMap) -> Tensor:
         r_m = mean over visual tokens i of softmax over text tokens m of (x_i · q_m)
 
     for the text q after the last span (SparseVLM, arXiv 2410.04417). Raters are the tokens whose
-    r_m is at least the mean; their weights are equal, and sum to 1 in a prompt.
-
-    Returns
-    -------
-    Tensor of float32, shape (B, n)
-        0 for all other rows.
+    r_m is at least the mean; their weights are equal, and sum to 1 in a prompt. Returns float32 (B,
+    n), 0 for all other rows.
     """
     weights = x.new_zeros(x.shape[:2], dtype=torch.float32)
     for b, prompts in enumerate(row_map.prompts):
@@ -243,27 +217,17 @@ def _key_lengths(root: Any, x: Tensor, arguments: dict[str, Any]) -> Tensor:
 
 @dataclass(frozen=True)
 class Votes:
-    """Which rows vote on which tokens, on the host.
+    """Which rows vote on which tokens, on the host."""
 
-    Attributes
-    ----------
-    index : ndarray, shape (B, R)
-        Rows that vote, in one pass over the keys after the other; -1 where a sample has fewer. If
-        all rows vote, row i is at index i.
-    starts : ndarray, shape (B, R)
-        First row that each of them sees: the start of its prompt.
-    parts : dict of slice
-        By pass: its part of R.
-    tables : dict of ndarray
-        What the device needs. By visual token: "line" and "column" of its sum in those of all
-        passes, and its number of "voters" (1 if weights are normalised, as those of raters). Unless
-        all rows vote: "voting" (B · R,), in which the last row replaces -1; and "numbers" (B · n,),
-        the place of every row in `index`, or -1.
-    """
-
+    # Rows that vote, (B, R), in one pass over the keys after the other; -1 where a sample has
+    # fewer. If all rows vote, row i is at index i.
     index: HostIndex
-    starts: HostIndex
-    parts: dict[str, slice]
+    starts: HostIndex  # first row that each of them sees, (B, R): the start of its prompt
+    parts: dict[str, slice]  # by pass: its part of R
+    # What the device needs. By visual token: "line" and "column" of its sum in those of all passes,
+    # and its number of "voters" (1 if weights are normalised, as those of raters). Unless all rows
+    # vote: "voting" (B · R,), in which the last row replaces -1; and "numbers" (B · n,), the place
+    # of every row in `index`, or -1.
     tables: dict[str, HostIndex]
 
 

@@ -407,27 +407,18 @@ def _reason(stats: Stats, itself: list[bool]) -> str:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of a decoder layer like Llama's (gated MLP, grouped-query attention).
-
-    Attributes
-    ----------
-    itemsize
-        Bytes of a number in the cache.
-    reach
-        Tokens that a query sees at most; None: all; 0: there is no attention, so that the cost is
-        linear.
-    stores
-        Whether it caches keys and values. Layers with a state of constant size, or with the keys of
-        another layer, do not.
-    """
+    """Sizes of a decoder layer like Llama's (gated MLP, grouped-query attention)."""
 
     hidden: int
     intermediate: int
     heads: int
     kv_heads: int
     head_dim: int
-    itemsize: int = 2
+    itemsize: int = 2  # bytes of a number in the cache
+    # Tokens that a query sees at most; None: all; 0: no attention, linear cost.
     reach: int | None = None
+    # Whether it caches keys and values. Layers with a state of constant size, or with the keys of
+    # another layer, do not.
     stores: bool = True
 
     @classmethod

@@ -47,16 +47,9 @@ MOST_DIMS = 256  # largest head dimension of FlashAttention
 
 
 class Carrier(NamedTuple):
-    """How a later call adds log(weight) to the attention logits.
+    """How a later call adds log(weight) to the attention logits, and why so."""
 
-    Attributes
-    ----------
-    numbers
-        Dtype of a mask of numbers; None: queries and keys are widened, as in a prefill.
-    reason
-        Why.
-    """
-
+    # Dtype of a mask of numbers; None: heads get wider, as in a prefill.
     numbers: torch.dtype | None
     reason: str
 
@@ -69,19 +62,9 @@ def carrier(
     A mask of numbers adds no call per layer. In bfloat16 it would round log(weight) to 8 bits, so
     that it is float32 where attention takes that without a slower kernel.
 
-    Parameters
-    ----------
-    backend
-        Name of the attention backend.
-    device
-        Type of the device, such as "cuda".
-    dtype
-        Dtype of queries and keys.
-    masked
-        Whether SDPA gets a mask in any case: for several tokens, and for a static cache.
-    copies_keys
-        Whether SDPA copies keys for all queries of a group if it gets a mask: grouped heads in
-        releases of transformers without `pack_gqa`.
+    `backend` is that of attention, `device` a type such as "cuda", `dtype` that of queries and
+    keys. `masked`: whether SDPA gets a mask in any case, as for several tokens and for a static
+    cache. `copies_keys`: see `compat.copies_grouped_keys`.
     """
     if backend == "eager":
         return Carrier(dtype, "eager attention adds its masks to the logits in any case")
@@ -111,17 +94,10 @@ class BiasDims(NamedTuple):
 
 @dataclass
 class Weighing:
-    """What attention has requested of the weights of one call.
+    """What attention has requested of the weights of one call."""
 
-    Attributes
-    ----------
-    missing
-        Decoder layers whose attention has not asked yet.
-    dims
-        Bias dimensions by segment and form of the attention call.
-    """
-
-    missing: set[int]
+    missing: set[int]  # decoder layers whose attention has not asked yet
+    # By segment and form of the attention call.
     dims: dict[Any, BiasDims] = field(default_factory=dict)
 
 
@@ -214,8 +190,7 @@ class RowWeights(CallHooks):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Checkpoint a layer, or a part of it, with a function that restores its call when
-        recomputed.
+        """Checkpoint (a part of) a layer with a function that restores its call when recomputed.
 
         The patch may be removed before the backward pass, so recomputation widens attention itself.
         """
@@ -259,12 +234,8 @@ class RowWeights(CallHooks):
         return found
 
     def check(self, call: Call) -> None:
-        """Refuse a call if attention of some layers ran without weights.
-
-        Raises
-        ------
-        UnsupportedModelError
-            These layers do not call the backend that their config names.
+        """Refuse a call if attention of some layers does not call the backend that its config
+        names.
         """
         missing = {i for i in call.weighing.missing if call.segment_of[i].weighted}
         if missing:
@@ -279,12 +250,9 @@ class RowWeights(CallHooks):
 def attention_modules(layers: Iterable[nn.Module], known: bool = False) -> list[Any]:
     """Attention modules of decoder layers, whose configs name their backend.
 
-    Raises
-    ------
-    UnsupportedModelError
-        There is none; or one has no config, caps its logits (weights would be capped too), has an
-        indexer, which adds its mask only under the backends that it knows, or (`known`) is not
-        known to call a backend.
+    Refused are layers without one; and modules without a config, with capped logits (weights would
+    be capped too), with an indexer, which adds its mask only under the backends that it knows, or
+    (`known`) not known to call a backend.
     """
     # Wrappers, such as that of torch.compile, forward attributes of the inner module.
     modules = [m for layer in layers for m in layer.modules() if "layer_idx" in vars(m)]
@@ -308,10 +276,7 @@ def attention_modules(layers: Iterable[nn.Module], known: bool = False) -> list[
 
 
 def reads_backend(module: Any) -> bool:
-    """Whether the code of an attention module reads the backend of its config.
-
-    Remote code can compute attention itself, without weights.
-    """
+    """Whether an attention module reads the backend of its config; remote code may not."""
     owners = [vars(module), *map(vars, type(module).__mro__)]
     for forward in (owner["forward"] for owner in owners if "forward" in owner):
         names = getattr(getattr(inspect.unwrap(forward), "__code__", None), "co_names", ())
@@ -355,18 +320,9 @@ def bias_dims(query: Tensor, key: Tensor, weights: Tensor, scaling: float) -> Bi
     The head dimension grows by at least two, to a multiple of 8. The first new dimension holds the
     logarithm in the dtype of the keys, the second its rounding error.
 
-    Parameters
-    ----------
-    query : Tensor, shape (B, H, q, d)
-    key : Tensor, shape (B, kv heads, k, d)
-    weights : Tensor of float32, shape (B, m)
-        Number of tokens that each of the first m keys represents; other keys represent one. If m is
-        greater than k, the first k are used.
-
-    Returns
-    -------
-    BiasDims
-        For all queries, (more,), and for every key, (B, 1, k, more), in their dtypes.
+    Takes queries (B, H, q, d), keys (B, kv heads, k, d), and float32 (B, m): the number of tokens
+    that each of the first m keys represents (of the first k, if m is greater); other keys represent
+    one. Returns dimensions for all queries, (more,), and for every key, (B, 1, k, more).
     """
     rows, extra = key.shape[-2], extra_dims(query.shape[-1])
     factor = 2.0 ** round(-math.log2(scaling))  # a power of two is exact in every dtype
@@ -384,9 +340,7 @@ def bias_dims(query: Tensor, key: Tensor, weights: Tensor, scaling: float) -> Bi
 def widen(
     query: Tensor, key: Tensor, value: Tensor, more: BiasDims
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Append dimensions to queries and keys, and zeros to values (backends may need equal
-    sizes).
-    """
+    """Append dimensions to queries and keys, and zeros to values: backends may need equal sizes."""
     query, key = appended(query, more.of_queries), appended(key, more.of_keys)
     return query, key, nn.functional.pad(value, (0, query.shape[-1] - value.shape[-1]))
 

@@ -20,17 +20,9 @@ from tokencomp.torchlib.masks import backend_mask, block_mask, visible_columns
 class TowerRows(ABC):
     """Kept rows of one call of a tower.
 
-    Attributes
-    ----------
-    cells
-        Cells of the call.
-    index : Tensor of int64
-        The rows: (rows,) of a packed tower, ascending; (pictures, rows) of a dense one.
-    entered
-        Whether the first block with fewer rows has begun.
-    lengths : Tensor of int64, shape (pictures,), or None
-        In a dense tower, if the pixels decide how many rows are kept: the number before the padding
-        rows, to which no row attends. None: rows attend to all rows.
+    `index` has the rows, int64: (rows,) of a packed tower, ascending; (pictures, rows) of a dense
+    one. `lengths` (pictures,) is for a dense tower, if the pixels decide how many rows are kept:
+    the number before the padding rows, to which no row attends. None: rows attend to all rows.
     """
 
     lengths: Tensor | None = None
@@ -41,19 +33,13 @@ class TowerRows(ABC):
 
     @abstractmethod
     def arguments(self, hidden: Tensor, rest: Any, kwargs: dict[str, Any], cost: TowerCost) -> Any:
-        """Arguments of the next block for the kept rows.
-
-        Those by place are `hidden` and `rest`.
-        """
+        """Arguments of the next block for the kept rows; those by place are `hidden` and `rest`."""
 
     @abstractmethod
     def full_length(self, x: Tensor) -> Tensor:
         """Scatter values of the kept rows to all rows; NaN where rows were dropped.
 
-        Parameters
-        ----------
-        x : Tensor
-            (1, rows, d) of a packed tower, (pictures, rows, d) of a dense one.
+        x is (1, rows, d) of a packed tower, (pictures, rows, d) of a dense one.
         """
 
     @abstractmethod
@@ -129,10 +115,7 @@ class PackedRows(TowerRows):
 class DenseRows(TowerRows):
     """Kept rows of a tower that takes a batch of pictures of equal size.
 
-    Attributes
-    ----------
-    counts : Tensor of int64, shape (pictures,)
-        Rows before the padding rows, which equalise lengths in the batch and which no token reads.
+    `counts` (pictures,) are rows before the padding rows, which no token reads.
     """
 
     def __init__(self, cells: Cells, index: Tensor, counts: Tensor) -> None:
@@ -256,29 +239,15 @@ class TowerCost:
 
     A multiplication and an addition are two FLOPs. Patch embedding, norms and activations are not
     counted.
-
-    Attributes
-    ----------
-    row
-        FLOPs of the linear layers of one block, per row.
-    width
-        Channels of all heads together.
-    unused
-        Number of blocks after those in use.
-    token
-        FLOPs of the projectors, per row of their input.
-    bounds
-        Sequence bounds of every block that has run: pairs of integer tensors.
-    tokens
-        Number of rows that enter the projectors.
     """
 
-    row: int
-    width: int
-    unused: int
-    token: int
+    row: int  # FLOPs of the linear layers of one block, per row
+    width: int  # channels of all heads together
+    unused: int  # number of blocks after those in use
+    token: int  # FLOPs of the projectors, per row of their input
+    # Sequence bounds of every block that has run: pairs of integer tensors.
     bounds: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    tokens: tuple[int, int] = (0, 0)
+    tokens: tuple[int, int] = (0, 0)  # rows that enter the projectors
 
     @classmethod
     def of(cls, layout: Tower) -> TowerCost:

@@ -105,12 +105,7 @@ def attention_received(
 class TowerProbe(CallHooks):
     """Watches blocks of the vision tower for the signals that a plan needs.
 
-    Parameters
-    ----------
-    signals
-        Which values are recorded.
-    noted
-        Whether a stage in the tower notes its calls.
+    `noted`: whether a stage in the tower notes its calls.
     """
 
     def __init__(
@@ -179,16 +174,8 @@ class TowerProbe(CallHooks):
     def collect(self, spans: list[list[VisualSpan]]) -> dict[Signal, list[list[Tensor]]]:
         """Values of every span by signal, float32, see `TowerSignal`; 0 where there is no patch.
 
-        Parameters
-        ----------
-        spans
-            Of every row of the batch; the latest calls of the tower encoded them.
-
-        Raises
-        ------
-        SpanError
-            The tower was not called for this prompt (the caller passed features instead of
-            pixels), or it was called for other media.
+        `spans` are those of every row of the batch, whose media the latest calls of the tower must
+        have encoded (`SpanError` if the caller passed features, or media of another prompt).
         """
         modalities = [
             k for k in ("image", "video") if any(s.modality == k for row in spans for s in row)

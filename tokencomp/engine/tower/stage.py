@@ -56,12 +56,8 @@ def chosen_cells(
 ) -> Tensor:
     """The kept cells, int64, shape (kept cells,), in no particular order.
 
-    Parameters
-    ----------
-    hidden
-        Input of the block of the stage; None: the reducer gets pixels.
-    levels, seen
-        As in `Tokens`.
+    `hidden` is the input of the block of the stage; None: the reducer gets pixels. `levels` and
+    `seen` are those of `Tokens`.
     """
     from tokencomp.kernels.dispatch import exact
 
@@ -128,11 +124,7 @@ def running_prompt(adapter: Adapter, noted: Noted) -> tuple[Tensor, Tensor | Non
     """Modalities (B, L) of the prompt that is being encoded, its ids, and its cache.
 
     `generate` encodes media before it calls the model, with the columns that its cache holds.
-
-    Raises
-    ------
-    SpanError
-        The vision tower was called for no prompt.
+    Raises `SpanError` if the vision tower was called for no prompt.
     """
     if noted.modalities is not None:
         inputs = noted.inputs or {}
@@ -377,12 +369,8 @@ _HAD_STAGE: WeakSet[nn.Module] = WeakSet()
 class TowerHooks:
     """Installs the hooks of tower stage and signals, and passes their records to prompts.
 
-    Both write to one `TowerCall` per call of the tower.
-
-    Attributes
-    ----------
-    had_stage
-        Whether features with dropped tokens may be passed in.
+    Both write to one `TowerCall` per call of the tower. `had_stage`: whether features with dropped
+    tokens may be passed in.
     """
 
     def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
@@ -411,13 +399,7 @@ class TowerHooks:
         self.drop = self.probe = None
 
     def collect(self, call: Call, inputs: Mapping[str, Any]) -> None:
-        """Note in a call what was recorded for its prompt.
-
-        Raises
-        ------
-        OptionError
-            The call, whose `inputs` these are, chose another layer of the tower than its config.
-        """
+        """Note in a call, whose arguments are `inputs`, what was recorded for its prompt."""
         if self.probe is not None:
             layer, usual = inputs.get("vision_feature_layer"), self.adapter.feature_layer
             if layer is not None and layer != usual:
