@@ -56,9 +56,12 @@ def test_every_package_is_listed() -> None:
 
 
 @TOML
-def test_the_readme_clones_from_the_address_of_the_package() -> None:
-    (address,) = re.findall(r"git clone (\S+)", (ROOT / "README.md").read_text())
-    assert address == project()["project"]["urls"]["Repository"]
+def test_the_readme_has_the_address_of_the_package() -> None:
+    """In the command that clones, and in the badge of the tests."""
+    readme = (ROOT / "README.md").read_text()
+    found = re.findall(r"git clone (\S+)", readme) + re.findall(r"(https[^\s()]+)/actions/", readme)
+    assert len(found) >= 3
+    assert set(found) == {project()["project"]["urls"]["Repository"]}
 
 
 # -- what it needs ------------------------------------------------------------------------------
