@@ -22,14 +22,8 @@ PADDING, SMALL = 4, 1 << 12  # most entries per entry of a run, and of any run
 class Stack:
     """Runs of rows as a table (runs, longest); shorter runs repeat their last row.
 
-    Repeated rows change no maximum; where they would count, `masked` overwrites their values.
-
-    Parameters
-    ----------
-    firsts, lengths
-        First row and number of rows of every run, at least one each.
-    device
-        Device of the tables.
+    Every run has at least one row. Repeated rows change no maximum; where they would count,
+    `masked` overwrites their values.
     """
 
     def __init__(self, firsts: Counts, lengths: Counts, device: torch.device) -> None:
@@ -70,20 +64,13 @@ def by_stack(
     keys: Sequence[Hashable] | None = None,
     limit: float | None = None,
 ) -> Tensor:
-    """One value per row, computed for runs of similar length together.
+    """One value per row of `values` (n, …), computed for runs of similar length together.
 
-    Parameters
-    ----------
-    lengths
-        Rows of every run, at least one each; runs are consecutive.
-    function
-        (runs, their `Stack`, the table of every one of `values`) → a table of results.
-    values : Tensor, shape (n, …)
-    keys
-        Only runs of one key, which have one length, are batched together: otherwise rounding of
-        padded products would choose between copies that tie.
-    limit
-        Pairs of rows of one run in memory at once, by default 2²⁴.
+    Runs of these `lengths`, at least one each, are consecutive. `function` gets the numbers of some
+    runs, their `Stack` and the table of every one of `values`, and returns a table of results. Only
+    runs of one of the `keys`, which have one length, are batched together: otherwise rounding of
+    padded products would choose between copies that tie. `limit` is the number of pairs of rows of
+    one run in memory at once, by default 2²⁴.
     """
     parts, order, starts, own = [], [], starts_of(lengths), np.asarray(lengths)
     groups = grouped(keys).values() if keys else [np.arange(len(own))]
@@ -101,14 +88,8 @@ def by_stack(
 def nearest(lengths: Sequence[int], x: Tensor, chosen: Tensor, counts: Sequence[int]) -> Tensor:
     """For every patch the chosen patch of its span with the largest cosine, int64, (n,).
 
-    Parameters
-    ----------
-    lengths
-        Patches of every span.
-    x : Tensor, shape (n, d)
-        Features to compare.
-    chosen : Tensor of int64, shape (k,)
-        Chosen patches, ascending: `counts` of every span, at least one.
+    `x` (n, d) are features of spans of these `lengths`. `chosen`, int64 (k,), are ascending
+    patches: `counts` of every span, at least one.
     """
     every = np.asarray(counts)
     firsts, unit = starts_of(every), normalize(x.float(), dim=1)

@@ -39,43 +39,28 @@ LastKept = dict[tuple[Any, ...], Tensor]
 class VisualSpan:
     """A run of visual positions of one grid (an image, an image tile, or a video) in one sample.
 
-    Clips of audio are spans as well, with a grid of (tokens, 1, 1).
-
-    Attributes
-    ----------
-    start, length
-        Columns `start … start + length - 1` of the uncompressed sequence of this forward call.
-    grid
-        (t, h, w) after the projector; `t * h * w + len(special) + len(text) == length`.
-    modality
-        "image", "video" or "audio".
-    special
-        Offsets inside the span of tokens that carry no patch (line breaks, separators). They are
-        never scored, merged or dropped unless the whole span goes.
-    text
-        Offsets inside the span of text between the frames of a video (timestamps). It always
-        stays, and it does not count as visual.
-    grid_known
-        False if the grid of the tokens is unknown. `grid` is then (1, 1, n), and
-        reducers that read places in it (`Reducer.grid`) refuse the span.
-    item
-        First column of the image, clip or sound that the span is part of: tiles of one image are
-        several spans of one item. None becomes `start`: the span is the whole item.
-    stop
-        The column after the last.
-    visual
-        Visual tokens of the span, special ones included.
+    It has the columns `start … start + length - 1` of the uncompressed sequence of this forward
+    call. Clips of audio are spans as well, with a grid of (tokens, 1, 1).
     """
 
     start: int
-    length: int
-    grid: Grid
+    length: int  # t * h * w + len(special) + len(text)
+    grid: Grid  # (t, h, w) after the projector
     modality: Modality = "image"
+    # Offsets inside the span of tokens that carry no patch (line breaks, separators). They are
+    # never scored, merged or dropped unless the whole span goes.
     special: tuple[int, ...] = ()
+    # Offsets inside the span of text between the frames of a video (timestamps). It always stays,
+    # and it does not count as visual.
     text: tuple[int, ...] = ()
+    # False if the grid of the tokens is unknown. `grid` is then (1, 1, n), and reducers that read
+    # places in it (`Traits.grid`) refuse the span.
     grid_known: bool = True
+    # First column of the image, clip or sound that the span is part of: tiles of one image are
+    # several spans of one item. None becomes `start`: the span is the whole item.
     item: int | None = field(default=None, compare=False)
-    stop: int = field(init=False, repr=False, compare=False)
+    stop: int = field(init=False, repr=False, compare=False)  # the column after the last
+    # Visual tokens of the span, special ones included.
     visual: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -97,30 +82,17 @@ class VisualSpan:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Facts of a model for `Reducer.bind`: plain values, no Hugging Face object.
+    """Facts of a model for `Reducer.bind`: plain values, no Hugging Face object."""
 
-    Attributes
-    ----------
-    mrope
-        True if tokens have three rows of positions (time, height, width), False if one each.
-    model_type, num_layers, hidden_size
-        Of the config; the last two of the text decoder.
-    folder
-        Folder or hub name that the model was loaded from, or "".
-    device, dtype
-        Device of the weights ("cpu" while an offloading hook holds them), and their dtype.
-    fingerprint
-        Computes a fingerprint of the checkpoint (`tokencomp.trained.cards`), or None if the weights
-        are quantized or not available. Called only to check trained weights.
-    """
-
-    mrope: bool
+    mrope: bool  # whether tokens have three rows of positions (time, height, width), or one each
     model_type: str = ""
-    num_layers: int = 0
+    num_layers: int = 0  # of the text decoder, as the hidden size
     hidden_size: int = 0
-    folder: str = ""
-    device: torch.device = CPU
-    dtype: torch.dtype = torch.float32
+    folder: str = ""  # folder or hub name that the model was loaded from, or ""
+    device: torch.device = CPU  # of the weights ("cpu" while an offloading hook holds them)
+    dtype: torch.dtype = torch.float32  # of the weights
+    # Computes a fingerprint of the checkpoint (`tokencomp.trained.cards`), or None if the weights
+    # are quantized or not available. Called only to check trained weights.
     fingerprint: Callable[[], list[float] | None] = field(
         default=lambda: None, repr=False, compare=False
     )

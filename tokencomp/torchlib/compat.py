@@ -192,10 +192,7 @@ def window_order(tower: Any, grids: Tensor) -> Tensor:
 def rope_index(body: Any, ids: Tensor, modalities: Tensor, **grids: Tensor) -> Tensor:
     """M-RoPE positions (3, B, L) by the model's own `get_rope_index`.
 
-    Parameters
-    ----------
-    ids, modalities : Tensor, shape (B, L)
-        Token ids, and 0 text, 1 image, 2 video (an argument of most models).
+    `ids` are token ids, `modalities` 0 text, 1 image, 2 video (an argument of most models), (B, L).
     """
     get_rope_index: Callable[..., tuple[Tensor, Tensor]] = body.get_rope_index
     if "mm_token_type_ids" in inspect.signature(get_rope_index).parameters:

@@ -41,16 +41,10 @@ class Hooked(Installed):
         traced: Needed | None = None,
         **options: Any,
     ) -> None:
-        """Run `run` before calls of a module.
+        """Call `run(module, args, kwargs)` before calls of a module, outside of compiled graphs.
 
-        Parameters
-        ----------
-        run
-            Called as `run(module, args, kwargs)`, outside of compiled graphs; returns new args and
-            kwargs, or None.
-        traced
-            Called with the same arguments while Dynamo traces the call: if it returns False, `run`
-            is skipped and the graph continues. None: `run` is never skipped.
+        It returns new args and kwargs, or None. While Dynamo traces the call, `traced` is called
+        with the same arguments: if it returns False, `run` is skipped and the graph continues.
         """
         hook = functools.partial(self._run_hook, 1, traced, compat.not_compiled(run))
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, **options))

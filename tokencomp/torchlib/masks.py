@@ -32,17 +32,11 @@ class MaskView:
     Layers of a compressed cache differ in their number of rows, and earlier layers are already
     updated when the mask of a later layer is built. The view holds the state at the start of the
     call.
-
-    Parameters
-    ----------
-    physical
-        Number of rows held.
-    offset
-        Entry of the first held row in the 2-D mask: the number of columns before the call
-        minus `physical`.
     """
 
-    physical: int
+    physical: int  # number of rows held
+    # Entry of the first held row in the 2-D mask: the number of columns before the call minus
+    # `physical`.
     offset: int = 0
     is_sliding: ClassVar[tuple[bool, ...]] = (False,)
     is_compileable: ClassVar[bool] = False  # whether the cache has static shapes
@@ -60,15 +54,9 @@ class MaskView:
 
 @dataclass(eq=False)
 class StaticMaskView(MaskView):
-    """The same of a static layer that can hold `physical` rows, from entry 0 on.
+    """The same of a static layer that can hold `physical` rows, from entry 0 on."""
 
-    Parameters
-    ----------
-    written
-        Number of rows that are written, or entry of the first query in the 2-D mask.
-    """
-
-    written: Tensor | int = 0
+    written: Tensor | int = 0  # rows that are written, or entry of the first query in the 2-D mask
     is_compileable: ClassVar[bool] = True
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
@@ -91,19 +79,12 @@ def causal_mask(
 ) -> Any:
     """Transformers' causal mask of one layer, in the form of the attention backend.
 
-    Parameters
-    ----------
-    hidden : Tensor, shape (B, q, d)
-        Read for its batch size, length, dtype and device.
-    mask : Tensor of bool, shape (B, offset + physical + q), or None
-        The 2-D mask: False at padding rows. The first row is at entry `offset` of the view.
-    text : Tensor of int64, shape (B, q), or None
-        Positions that restart at every prompt of a packed row; without a cache.
-    within
-        Function of sample, head, query and key, the last two as entries of the 2-D mask: whether
-        the query may attend to the key, in addition to causality. None: no further condition.
-    skip
-        Whether the result may be None where plain causal attention is right.
+    Of `hidden` (B, q, d) only batch size, length, dtype and device are read. `mask`, bool (B,
+    offset + physical + q), is False at padding rows; its first row is at entry `offset` of the
+    view. `text`, int64 (B, q), are positions that restart at every prompt of a packed row, without
+    a cache. `within` says of sample, head, query and key, the last two as entries of the 2-D mask,
+    whether the query may attend to the key, in addition to causality. With `skip` the result may be
+    None where plain causal attention is right.
     """
     names = MASK_PARAMETERS
     call: dict[str, Any] = {"config": config, "inputs_embeds": hidden, "attention_mask": mask}
@@ -160,13 +141,9 @@ def backend_mask(config: Any, visible: Tensor, x: Tensor) -> Any:
 def weighted_mask(mask: Any, logs: Tensor) -> Tensor:
     """Convert a mask to numbers, which add `logs` to the attention logits of visible keys.
 
-    Parameters
-    ----------
-    mask
-        Of any form, (B or 1, 1, queries, keys); None: every query sees all keys.
-    logs : Tensor, shape (B, 1, 1, keys)
-        Of the dtype of the result. FlexAttention reads the numbers by sample, so that B is the
-        number of samples.
+    The mask is of any form, (B or 1, 1, queries, keys); None: every query sees all keys. `logs` (B,
+    1, 1, keys) have the dtype of the result. FlexAttention reads the numbers by sample, so that B
+    is the number of samples.
     """
     if mask is None:
         return logs

@@ -20,20 +20,12 @@ _ABSENT: Any = object()  # the object had no instance attribute, only the method
 
 
 class MethodReplacement:
-    """Replaces a method of one object, from construction to `remove`.
+    """Replaces the method `name` of one object, from construction to `remove`.
 
     An instance attribute shadows the method of the class, so other objects are not affected. If the
-    object has no such method (as in another transformers release), nothing is replaced.
-
-    Parameters
-    ----------
-    owner
-        The object, usually a model.
-    name
-        Name of the method.
-    replacement
-        Called as `replacement(original, *args, **kwargs)`. `original(...)` calls what the object
-        had before: an instance attribute, or the method of its class.
+    object has no such method (as in another transformers release), nothing is replaced. Calls run
+    `replacement(original, *args, **kwargs)`, where `original(...)` calls what the object had
+    before: an instance attribute, or the method of its class.
     """
 
     def __init__(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
@@ -114,13 +106,6 @@ class AttributeView:
 
     An attention module chooses its backend by its config, and a backend reads the config of the
     module. Views of the config or module change a value for both without changing the original.
-
-    Parameters
-    ----------
-    original
-        The object that provides all other attributes.
-    **attributes
-        Attributes to override.
     """
 
     def __init__(self, original: Any, **attributes: Any) -> None:
