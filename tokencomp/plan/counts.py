@@ -20,12 +20,7 @@ PROMPT = "prompt"
 def check_ratio(ratio: Any, name: str = "ratio", instead: str = "") -> float:
     """Return `ratio` as a float in [0, 1); raise `RatioError` otherwise, also for text.
 
-    Parameters
-    ----------
-    name
-        Of the argument, for the message.
-    instead
-        What else the argument takes, for the message.
+    The message has the `name` of the argument, and what else it takes (`instead`).
     """
     if not fits(ratio, float) or not 0.0 <= ratio < 1.0:
         raise RatioError(
@@ -59,16 +54,10 @@ def frame_budgets(
 ) -> list[int]:
     """Split `total` tokens over frames in proportion to `weights`, as integers of that sum.
 
-    Every frame gets `least`, if the total allows it, and its share of the rest, rounded down. What
-    remains goes to the largest remainders, one token each; ties go to the lower frame. The excess
-    of full frames goes to the others in the same order.
-
-    Parameters
-    ----------
-    weights
-        At least 0; if all are 0, shares are equal.
-    most
-        Tokens of every frame; `total` is at most their sum.
+    Weights are at least 0; if all are 0, shares are equal. `most` are the tokens of every frame,
+    and `total` is at most their sum. Every frame gets `least`, if the total allows it, and its
+    share of the rest, rounded down. What remains goes to the largest remainders, one token each;
+    ties go to the lower frame. The excess of full frames goes to the others in the same order.
     """
     # Every frame gets `least`, then its share of the rest, rounded down.
     base = [min(least, n) for n in most]
@@ -92,21 +81,11 @@ def frame_budgets(
 
 @dataclass(frozen=True)
 class BudgetShare:
-    """The share of one span in a budget: sizes of the prompt, the item and its spans.
+    """The share of one span in a budget: sizes of the prompt, the item and its spans."""
 
-    Attributes
-    ----------
-    prompt
-        Visual tokens of the prompt.
-    parts
-        Visual tokens of every span of its item.
-    part
-        Index of the span in `parts`.
-    """
-
-    prompt: int
-    parts: tuple[int, ...]
-    part: int
+    prompt: int  # visual tokens of the prompt
+    parts: tuple[int, ...]  # visual tokens of every span of its item
+    part: int  # index of the span in `parts`
 
 
 class SpanSize(Protocol):
@@ -137,10 +116,7 @@ def packed_shares(
 ) -> list[BudgetShare]:
     """The share of every span of a row into which several prompts are packed.
 
-    Parameters
-    ----------
-    prompts
-        Per prompt: its tokens, and numbers of its spans.
+    `prompts` has the number of tokens of every prompt, and the numbers of its spans.
     """
     found = {
         j: share
@@ -152,18 +128,11 @@ def packed_shares(
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget in visual tokens, as a mean over the decoder layers.
+    """A budget in visual tokens, as a mean over the decoder layers."""
 
-    Attributes
-    ----------
-    tokens
-        The largest number of tokens. Every item keeps at least one.
-    whole_prompt
-        Whether the budget is for all items of a prompt together, which then have one ratio, or for
-        each of them.
-    """
-
-    tokens: int
+    tokens: int  # the largest number of tokens; every item keeps at least one
+    # Whether the budget is for all items of a prompt together, which then have one ratio, or for
+    # each of them.
     whole_prompt: bool = False
 
     def __str__(self) -> str:
@@ -173,10 +142,7 @@ class Budget:
     def of(cls, budget: Any) -> Budget:
         """The budget that `budget=512` or `budget={"prompt": 4096}` asks for.
 
-        Raises
-        ------
-        RatioError
-            No whole number from 1 to a million; a mapping with another key.
+        `RatioError` for no whole number from 1 to a million, or a mapping with another key.
         """
         if isinstance(budget, Mapping):
             if set(budget) != {PROMPT}:

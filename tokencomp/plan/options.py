@@ -67,13 +67,8 @@ def only_plans(reducer: AnyReducer) -> bool:
 def effective(when: Callable[[Any, bool], Any], otherwise: str) -> dict[str, Any]:
     """Metadata of an option that has an effect only with some values of the others.
 
-    Parameters
-    ----------
-    when
-        (reducer, whether it sees pixels: in the vision tower before its first block) → whether the
-        option has an effect.
-    otherwise
-        Why it has none; "{}" is the reducer.
+    `when` says whether it has one, from the reducer and whether that sees pixels (in the vision
+    tower before its first block). `otherwise` says why it has none; "{}" is the reducer.
     """
     return {"effective": (when, otherwise)}
 
@@ -93,32 +88,20 @@ def unused_options(reducer: AnyReducer, pixels: bool) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option besides the annotation of its field.
+    """What is known of an option besides the annotation of its field."""
 
-    Attributes
-    ----------
-    off
-        The value without effect, which the JSON form of a plan leaves out.
-    help
-        Its line on the command line.
-    usual
-        Returns the value of an option that the user left out, for the reducer that the user gave
-        ("auto", a name or a `Reducer`). By default that is `off`.
-    check
-        Called with a value of the right type and the reducer of the stage (None: not known). Raises
-        `OptionError` for a value that is out of range, or that the reducer does not allow.
-    words
-        Its values in tables and in the repr of a handle; by default "name=value".
-    weighs
-        Whether rows represent several tokens, so that attention must count them as often: refused
-        where an engine cannot.
-    """
-
-    off: Any
-    help: str
+    off: Any  # the value without effect, which the JSON form of a plan leaves out
+    help: str  # its line on the command line
+    # Returns the value of an option that the user left out, for the reducer that the user gave
+    # ("auto", a name or a `Reducer`). By default that is `off`.
     usual: Callable[[Any], Any] | None = None
+    # Called with a value of the right type and the reducer of the stage (None: not known). Raises
+    # `OptionError` for a value that is out of range, or that the reducer does not allow.
     check: Callable[[Any, AnyReducer | None], None] | None = None
+    # Its values in tables and in the repr of a handle; by default "name=value".
     words: Mapping[Any, str] = field(default_factory=dict)
+    # Whether rows represent several tokens, so that attention must count them as often: refused
+    # where an engine cannot.
     weighs: bool = False
 
     def meaning(self, reducer: Any) -> Any:
@@ -263,10 +246,7 @@ def check_exclusive(given: Mapping[str, Any]) -> None:
 def one_amount(ratio: Any, budget: Any, plan: Any = None) -> dict[str, Any]:
     """The one of ratio and budget that is not None, as an argument; {} for none.
 
-    Raises
-    ------
-    OptionError
-        More than one of the three.
+    `OptionError` if more than one of the three is given.
     """
     asked = {"ratio": ratio, "budget": budget, "plan": plan}
     given = {name: value for name, value in asked.items() if value is not None}

@@ -31,15 +31,8 @@ LEAST = 1e-9
 def keep_count(total: int, fraction: float, special: int = 0) -> int:
     """Keep count: how many of `total` tokens remain at `fraction`, ties rounded up (ours).
 
-    Parameters
-    ----------
-    total
-        Tokens of the uncompressed span, special ones included.
-    fraction
-        Fraction to keep. 0 drops the whole span; otherwise all special tokens and at least one
-        patch are kept.
-    special
-        How many of `total` are special.
+    `special` of the `total` tokens of the uncompressed span are special. A fraction of 0 drops the
+    whole span; otherwise all special tokens and at least one patch are kept.
     """
     if fraction <= 0.0 or total == 0:
         return 0
@@ -438,11 +431,7 @@ class Plan:
         return self.tower.tokens(span) if self.tower and span.modality != "audio" else span.visual
 
     def merging(
-        self,
-        span: VisualSpan,
-        counts: list[int],
-        share: BudgetShare | None,
-        entering: int,
+        self, span: VisualSpan, counts: list[int], share: BudgetShare | None, entering: int
     ) -> Stage | None:
         """The first stage that merges tokens of a span that keeps `counts`; or None.
 
@@ -484,12 +473,8 @@ def from_profile(
 ) -> Plan:
     """A stage at every layer before which the fraction that layers see falls.
 
-    Parameters
-    ----------
-    reducers
-        One for all stages, or one per layer.
-    current
-        Fraction of the tokens before the first layer.
+    `reducers` are one for all stages, or one per layer; `current` is the fraction of the tokens
+    before the first layer.
     """
     each = reducers if isinstance(reducers, list) else [reducers] * len(profile)
     stages = []

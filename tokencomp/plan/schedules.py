@@ -177,12 +177,8 @@ def after_tower(plan: Plan, tower: TowerStage, num_layers: int) -> Plan:
     """The plan at the same ratio after a tower stage (ours).
 
     No layer sees more than the tower outputs; layers that saw less before then see more, by a
-    common factor. If that is not enough, layers that saw nothing see some as well.
-
-    Raises
-    ------
-    PlanError
-        The plan needs more tokens than the tower outputs.
+    common factor. If that is not enough, layers that saw nothing see some as well. `PlanError` if
+    the plan needs more tokens than the tower outputs.
     """
     profile, most = plan.fractions(num_layers), tower.fraction
     total = sum(profile)
@@ -248,14 +244,8 @@ def by_item(
 
     Hooks are installed before item sizes are known, so the plan has a stage before every layer
     before which the method cuts at some ratio. For items whose schedule does not cut there, the
-    count does not change.
-
-    Parameters
-    ----------
-    first
-        First layer before which the model allows a stage between layers.
-    tower
-        Stage in the vision tower, with a budget of at least as many tokens.
+    count does not change. `first` is the first layer before which the model allows a stage between
+    layers. A `tower` stage has a budget of at least as many tokens.
     """
 
     def plan_of(left: float) -> Plan:

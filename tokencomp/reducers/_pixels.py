@@ -31,12 +31,8 @@ def cells_of(picture: Tensor, size: int) -> Tensor:
 def differ(a: Tensor, b: Tensor, limit: float | Tensor) -> Tensor:
     """Whether the largest difference along the last axis is above `limit`; NaN differs from all.
 
-    Parameters
-    ----------
-    a, b : Tensor, shape (…, d)
-        Pixels of cells, floating or whole numbers.
-    limit
-        In the unit of the values; one number, or one for each of the d values.
+    `a` and `b` (…, d) are pixels of cells, floating or whole numbers; `limit` is in their unit, one
+    number, or one for each of the d values.
     """
     if a.element_size() < 4:  # bytes would wrap around, and half precision would round
         a, b = a.float(), b.float()

@@ -55,10 +55,7 @@ class DropsRepeats(Reducer):
     def repeats(self, tokens: Tokens, limit: float | Tensor) -> Tensor:
         """Which patches repeat what was kept, bool, shape (n,).
 
-        Parameters
-        ----------
-        limit
-            The threshold in the unit of the pixels, one number or one for each of d values.
+        `limit` is the threshold in the unit of the pixels, one number or one for each of d values.
         """
 
     def reduce(self, tokens: Tokens) -> Kept:

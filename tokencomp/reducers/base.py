@@ -231,12 +231,8 @@ def reduced(reducer: Reducer, tokens: Tokens) -> Kept:
     """Run a reducer on the patches of a call, and check what it returns.
 
     Stages call this within `kernels.dispatch.exact`. Kernels do not check the input of a `batched`
-    reducer again: `finite_features` has read it.
-
-    Raises
-    ------
-    PlanError
-        The result is no valid `Kept`, or patches that the reducer needs are missing.
+    reducer again: `finite_features` has read it. `PlanError` if the result is no valid `Kept`, or
+    if patches that the reducer needs are missing.
     """
     if reducer.traits.grid == "whole":
         tokens.check_whole(label(reducer))

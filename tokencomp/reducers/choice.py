@@ -40,31 +40,17 @@ NO_TARGET = -1  # for patches that merge into none
 
 @dataclass(frozen=True)
 class Cut:
-    """What a stage does to one span.
+    """What a stage does to one span."""
 
-    Attributes
-    ----------
-    span
-        The uncompressed span.
-    count, keep
-        Its tokens before the stage and after it, special tokens and text between frames included.
-    cells : ndarray of int64, shape (span.length,)
-        Number of the patch of every token of the uncompressed span, `FIXED` or `DROPPED`.
-    fraction
-        Fraction that the stage keeps of the item, on which merge="auto" depends.
-    ends
-        Whether a question ends in it: the row of its last token predicts the next token.
-    span_id
-        (sample, number of the span in the sample).
-    """
-
-    span: VisualSpan
-    count: int
-    keep: int
+    span: VisualSpan  # the uncompressed span
+    count: int  # its tokens before the stage, special tokens and text between frames included
+    keep: int  # its tokens after the stage, likewise
+    # Number of the patch of every token of the uncompressed span, `FIXED` or `DROPPED`, int64,
+    # shape (span.length,).
     cells: HostIndex
-    fraction: float = 1.0
-    ends: bool = False
-    span_id: tuple[int, int] = (0, 0)
+    fraction: float = 1.0  # that the stage keeps of the item, on which merge="auto" depends
+    ends: bool = False  # a question ends in it: the row of its last token predicts the next token
+    span_id: tuple[int, int] = (0, 0)  # sample, and number of the span in the sample
 
     @classmethod
     def of(
@@ -106,23 +92,12 @@ class Cut:
 
 @dataclass
 class Patches:
-    """The tokens of some spans: patches, which the reducer sees, and fixed ones.
+    """The tokens of some spans: patches, which the reducer sees, and fixed ones."""
 
-    Attributes
-    ----------
-    tokens
-        The patches of the spans in which the reducer chooses.
-    cuts
-        These spans.
-    features : Tensor, shape (m, d)
-        Features of all tokens of all spans.
-    patches, fixed : Tensor of int64, or None
-        Rows of `features` with these roles, ascending; None: all are patches.
-    """
-
-    tokens: Tokens
-    cuts: list[Cut]
-    features: Tensor
+    tokens: Tokens  # the patches of the spans in which the reducer chooses
+    cuts: list[Cut]  # these spans
+    features: Tensor  # of all tokens of all spans, (m, d)
+    # Rows of `features` with these roles, int64, ascending; None: all are patches.
     patches: Tensor | None = None
     fixed: Tensor | None = None
 
@@ -137,14 +112,10 @@ class Patches:
     ) -> Patches:
         """The patches of these spans, whose tokens have the features (m, d).
 
-        Parameters
-        ----------
-        numbers : Tensor of int64, shape (m,), or None
-            Number of every token among those of the uncompressed spans; None: all are there.
-        cells : Tensor of int64, or None
-            `cell_table` of the cuts on the device; None: it is not there yet, if it is needed.
-        values
-            Further values per token, (m, …), by the field of `Tokens` or signal of the tower.
+        `numbers`, int64 (m,), are the numbers of the tokens among those of the uncompressed spans;
+        None: all are there. `cells` are `cell_table` of the cuts on the device; None: they are not
+        there yet, if they are needed. `values` are further values per token, (m, …), by the field
+        of `Tokens` or signal of the tower.
         """
         seen = [cut for cut in cuts if cut.chooses]
         roles = needs_cells(cuts)
@@ -233,15 +204,8 @@ def merge_rest(kept: Kept, tokens: Tokens, merging: Sequence[bool], reducer: str
         target_i = argmax over kept j of the span of cos(x_i, x_j);    x_j ← Σ w_i x_i / Σ w_i
 
     over j and all i with target j, where w is the number of tokens that a patch already represents.
-
-    Parameters
-    ----------
-    kept
-        A choice among `tokens`: patches only.
-    merging
-        For every span, whether its patches are merged; otherwise they are dropped.
-    reducer
-        Name of the reducer, for the message.
+    `kept` are patches only. `merging` says of every span whether its patches are merged; otherwise
+    they are dropped. `reducer` is the name in the message.
     """
     from tokencomp.kernels import merge_rows
 

@@ -56,23 +56,11 @@ def new_cells(
 ) -> tuple[Tensor, Tensor]:
     """Which cells of pictures of one size differ from the last kept cell at their place.
 
-    Every cell is compared with the one last *kept*, so that slow changes add up. Without an
-    earlier picture, the first one is kept whole.
-
-    Parameters
-    ----------
-    pictures : Tensor, shape (n, cells, d)
-        Pixels, in the order in which the pictures are shown.
-    last : Tensor, shape (cells, d), or None
-        What was kept last at every place of earlier pictures; NaN: nothing.
-    limit
-        Largest difference of two pixels that counts as equal, in the unit of the pixels.
-
-    Returns
-    -------
-    keep : Tensor of bool, shape (n, cells)
-    last : Tensor, shape (cells, d)
-        What was kept last at every place after these pictures.
+    Every cell of the pixels `pictures` (n, cells, d), in the order in which they are shown, is
+    compared with the one last *kept*, so that slow changes add up. `last` (cells, d) was kept last
+    at every place of earlier pictures, NaN where nothing was; without it the first picture is kept
+    whole. `limit` is the largest difference that counts as equal, in the unit of the pixels.
+    Returns the mask of kept cells, bool (n, cells), and `last` after these pictures.
     """
     keep = []
     for cells in pictures:

@@ -43,25 +43,16 @@ class PixelPrune(DropsRepeats):
 
 
 def unpredicted_cells(pictures: Tensor, limit: float | Tensor = 0) -> Tensor:
-    """Which cells of pictures of one size are not predicted by their neighbours.
+    """Which cells of pictures of one size are not predicted by their neighbours, bool (n, h, w).
 
     As in JPEG-LS, the prediction of a cell is the cell to its left, or the one above it if a
     vertical edge passes: if the upper-left cell equals the left one and not the upper one. A cell
     that equals its prediction is dropped, and later cells are predicted from the prediction in its
-    place, so that slow changes add up.
+    place, so that slow changes add up. The first cell is always kept.
 
-    Parameters
-    ----------
-    pictures : Tensor, shape (n, h, w, d)
-        Pixels of the cells.
-    limit
-        Largest difference of two pixels that counts as equal, in the unit of the pixels. At 0 the
-        pictures can be rebuilt from the kept cells without loss.
-
-    Returns
-    -------
-    Tensor of bool, shape (n, h, w)
-        The first cell is always kept.
+    `pictures` (n, h, w, d) are the pixels of the cells, and `limit` is the largest difference of
+    two that counts as equal, in the unit of the pixels. At 0 the pictures can be rebuilt from the
+    kept cells without loss.
     """
     n, h, w, _ = pictures.shape
     exact = not isinstance(limit, Tensor) and limit == 0

@@ -117,10 +117,7 @@ def _is_stage(item: Any, first: bool) -> bool:
 def as_plan(plan: PlanLike) -> Plan:
     """A plan from a `Plan`, from JSON data, or from the path of a JSON file.
 
-    Raises
-    ------
-    PlanError
-        A file that cannot be read or is not JSON; otherwise as `plan_from_json`.
+    `PlanError` for a file that cannot be read or is not JSON; otherwise as `plan_from_json`.
     """
     if isinstance(plan, Plan):
         return plan

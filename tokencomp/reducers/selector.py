@@ -37,12 +37,8 @@ class SelectorNet(nn.Module):
     works for any number of tokens. Kernel, norm and input scaling are ours, as is the network that
     reads features, which begins with a linear projection of every standardised token.
 
-    Parameters
-    ----------
-    channels
-        Output channels of every layer; the paper has five, from 32 to 512.
-    features
-        Width of the visual features that it reads; 0: it reads an attention row.
+    `channels` are the output channels of every layer; the paper has five, from 32 to 512.
+    `features` is the width of the visual features that it reads; 0: it reads an attention row.
     """
 
     def __init__(self, channels: tuple[int, ...] = CHANNELS, features: int = 0) -> None:
@@ -65,12 +61,9 @@ class SelectorNet(nn.Module):
     def forward(self, rows: Tensor, real: Tensor | None = None) -> Tensor:
         """Importance logits (B, n), float32; their softmax over n is the predicted relevance.
 
-        Parameters
-        ----------
-        rows : Tensor, shape (B, n), or (B, n, d) if it reads features
-            Attention rows, or features in any scale; shorter ones are padded with zeros.
-        real : Tensor of bool, shape (B, n), or None
-            False at padding, which does not enter the batch norm and gets the lowest finite logit.
+        `rows` are attention rows (B, n), or features (B, n, d) in any scale; shorter ones are
+        padded with zeros. `real`, bool (B, n), is False at padding, which does not enter the batch
+        norm and gets the lowest finite logit.
         """
         if self.stem is None:
             x = scaled(rows, real)[:, None]
