@@ -16,6 +16,7 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.errors import CopyError, OptionError, SpanError, UnsupportedModelError
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.replace import Installed
+from tokencomp.validation import fits
 
 VISUAL_WINDOW = 6272  # LLaVA-OneVision was trained on 32 frames of 196 tokens
 EXTENSION = "_tokencomp_window"  # attribute of a rotary embedding with its extension
@@ -25,25 +26,16 @@ HELD = "_tokencomp_visual"  # attribute of a KV cache with its number of visual 
 class VisualContext(Installed):
     """An active extension of the visual window. Use it as a context manager, or call `remove()`.
 
-    Attributes
-    ----------
-    factor
-        By which low frequencies are divided.
-    target_tokens
-        Largest number of visual tokens in a prompt before compression, including those that the
-        cache holds from earlier calls.
-
-    Raises
-    ------
-    SpanError
-        In a forward call with more visual tokens. The longest sample of a batch counts in every
-        call. If a cache was filled before the extension, all of its rows count as visual.
-    CopyError
-        If the model is copied with `copy.deepcopy` or pickled.
+    A forward call with more than `target_tokens` visual tokens raises `SpanError`. The longest
+    sample of a batch counts in every call. If a cache was filled before the extension, all of its
+    rows count as visual. Copying the model with `copy.deepcopy` or pickle raises `CopyError`.
     """
 
     def __init__(self, adapter: Adapter, base: float, window: int, target: int) -> None:
-        self.factor, self.target_tokens = max(target / window, 1.0), target
+        self.factor = max(target / window, 1.0)  # by which low frequencies are divided
+        # Largest number of visual tokens in a prompt before compression, including those that the
+        # cache holds from earlier calls.
+        self.target_tokens = target
         self._adapter, self._rotary = adapter, adapter.rotary
         self._local = threading.local()
         rotary: Any = self._rotary
@@ -148,7 +140,7 @@ def extend_visual_context(
     from tokencomp.adapters.registry import adapter_for
 
     for name, value in (("target_tokens", target_tokens), ("window", window)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not fits(value, int) or value < 1:
             raise OptionError(f"{name}={value!r}: expected a whole number of visual tokens, ≥ 1.")
     adapter = adapter_for(model)
     rotary: Any = adapter.rotary

@@ -241,12 +241,8 @@ def check_free(kind: str, name: str, old: type, new: type) -> None:
 def deprecated(old: str, new: str, gone_in: str) -> None:
     """Warn that a public name is deprecated; call it first in the function of the old name.
 
-    Parameters
-    ----------
-    old, new
-        The name that the caller used, and the name to use.
-    gone_in
-        Release that no longer has the old name: the next minor release but one at the earliest.
+    `new` is the name to use. `gone_in` is the release that no longer has the old name: the next
+    minor release but one at the earliest.
     """
     message = f"{old} is deprecated and goes in tokencomp {gone_in}; use {new}."
     warnings.warn(message, DeprecationWarning, stacklevel=3)

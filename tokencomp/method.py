@@ -55,36 +55,24 @@ def usual_ratio(reducer: str | Reducer) -> float:
 class Method(StageOptions):
     """A method at a ratio. Hashable, and equal to every method with equal fields.
 
-    The fields are arguments of `tokencomp.patch`, which describes them, but for these:
-
-    Attributes
-    ----------
-    options
-        Options of the named reducer, as a dict. A `budget`, the tower's and those of stages among
-        them, such as `merge`, are moved to the fields of these names.
-    ratio
-        A number; 0 is off. A mapping from modalities to ratios goes to `ratios`.
-    ratios
-        Ratios by modality, in place of `ratio`; modalities that are not named stay whole.
-    inherited
-        Names of fields and options whose values come from an earlier method (`override`). They may
-        have no effect at this ratio; others without effect are refused.
-
-    Raises
-    ------
-    RatioError, UnknownNameError, OptionError, PlanError
-        As `tokencomp.patch`, as far as they do not depend on the model; a tower reducer without a
-        tower ratio, or tower_ratio="auto" at ratio 0.
+    The fields are arguments of `tokencomp.patch`, which describes them and the errors, as far as
+    they do not depend on the model. Refused as well: a tower reducer without a tower ratio, and
+    tower_ratio="auto" at ratio 0.
     """
 
     reducer: str | Reducer = "auto"
-    ratio: float = 0.0
+    ratio: float = 0.0  # 0 is off; a mapping from modalities to ratios goes to `ratios`
+    # Options of the named reducer. A `budget`, the tower's and those of stages among them, such as
+    # `merge`, are moved to the fields of these names.
     options: dict[str, Any] = field(default_factory=dict)
     plan: Plan | None = None
     tower_ratio: float | Literal["auto"] = 0.0
     tower_reducer: str | Reducer = "auto"
+    # Ratios by modality, in place of `ratio`; modalities that are not named stay whole.
     ratios: dict[str, float] = field(default_factory=dict)
     budget: int | Mapping[str, int] | None = None
+    # Names of fields and options whose values come from an earlier method (`override`). They may
+    # have no effect at this ratio; others without effect are refused.
     inherited: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -309,24 +297,13 @@ class Method(StageOptions):
     def override(self, changes: Mapping[str, Any]) -> Method:
         """This method with changes: of `Handle.set`, a request, low detail, or a ratio by load.
 
-        Parameters
-        ----------
-        changes
-            By field, also among `options` as in a new method. None changes nothing.
-
-        Returns
-        -------
-        Method
-            A ratio, budget and plan replace one another. A plan replaces the reducer and the tower
-            stage as well. Another reducer starts from its default options. What is not named keeps
-            its value, but has no effect where it does not fit: an option of the stages that the
-            new reducer does not allow, or that is usual for the default reducer; and a tower ratio
-            above a new ratio or next to a budget, until there is a ratio that it fits again.
-
-        Raises
-        ------
-        RatioError, UnknownNameError, OptionError, PlanError
-            As `Method`; a ratio or option for the stages of a plan.
+        Changes are by field, also among `options` as in a new method; None changes nothing. A
+        ratio, budget and plan replace one another. A plan replaces the reducer and the tower stage
+        as well, and a ratio or option for the stages of a plan is refused. Another reducer starts
+        from its default options. What is not named keeps its value, but has no effect where it does
+        not fit: an option of the stages that the new reducer does not allow, or that is usual for
+        the default reducer; and a tower ratio above a new ratio or next to a budget, until there is
+        a ratio that it fits again.
         """
         moved, options = split(changes.get("options") or {}, FIELDS)
         given = {n: v for n, v in {**changes, **moved}.items() if v is not None}

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, finite_features, register_reducer
 from tokencomp.reducers._batch import questions, ranked
 from tokencomp.reducers.base import tower_signal
-from tokencomp.tokens.signals import QUERY, TOWER_ATTENTION, Signal
+from tokencomp.tokens.signals import QUERY, TOWER_ATTENTION
 from tokencomp.tokens.stacks import PAIRS, HostIndex, Stack, by_stack, padded, portions, starts_of
 
 SMALLEST = 5 / 32  # share of the budget that is always in the anchor: 5, 10, … of 32, 64, … tokens
@@ -47,10 +47,7 @@ class AnchorPrune(Reducer):
 
     traits = Traits(batched=True)
     summary = "anchor by the question, then importance × novelty (AnchorPrune 2607.07033)"
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        return frozenset({QUERY, TOWER_ATTENTION})
+    needs = frozenset({QUERY, TOWER_ATTENTION})
 
     def reduce(self, tokens: Tokens) -> Kept:
         from tokencomp.kernels import maxmin_select

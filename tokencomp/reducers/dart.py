@@ -17,7 +17,7 @@ from tokencomp.reducers import Kept, Published, Tokens, Traits, finite_features,
 from tokencomp.reducers._batch import distinct, ranked
 from tokencomp.reducers.base import supplied_scores
 from tokencomp.reducers.published import cut_layers
-from tokencomp.tokens.signals import NORM, QUERY, Attention, Signal
+from tokencomp.tokens.signals import NORM, QUERY, Attention
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, padded, starts_of
 from tokencomp.tokens.tokens import rows_where
 
@@ -50,10 +50,7 @@ class Dart(Published):
 
     traits = Traits(batched=True)
     summary = "pivots and what resembles them least (DART 2502.11494)"
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        return frozenset({QUERY, NORM, Attention("none")})
+    needs = frozenset({QUERY, NORM, Attention("none")})
 
     def plan(self, ratio: float, num_layers: int) -> Plan:
         return from_profile(SCHEDULES["fastv"](num_layers, 1.0 - check_ratio(ratio)), self)

@@ -10,7 +10,7 @@ from torch.nn.functional import cosine_similarity
 
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, finite_features, register_reducer
 from tokencomp.reducers.evs import least_similar, previous_similarity
-from tokencomp.tokens.signals import FRAMES, Signal
+from tokencomp.tokens.signals import FRAMES
 
 
 @register_reducer("timechat")
@@ -33,10 +33,7 @@ class TimeChat(Reducer):
 
     summary = "drop tokens unchanged since the frame before, in a stream (2504.17343, exact count)"
     traits = Traits(grid="whole", batched=True, entry_only=True)
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        return frozenset({FRAMES})
+    needs = frozenset({FRAMES})
 
     def reduce(self, tokens: Tokens) -> Kept:
         x = finite_features(tokens.features)

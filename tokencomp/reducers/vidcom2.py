@@ -52,7 +52,6 @@ class VidCom2(Reducer):
             return values_of(grids[spans[0]], rows)
 
         values = by_stack(tokens.lengths, of_stack, x, keys=grids, limit=math.inf)
-        frames = [h * w for t, h, w in grids for _ in range(t)]
         # One device read gives -u for every frame and tells whether the features are finite.
         total = torch.linalg.vector_norm(x, dim=1).sum()
         *means, total = torch.cat([values[:, 1], total[None]]).tolist()
@@ -66,7 +65,7 @@ class VidCom2(Reducer):
             share /= share.sum()
             quota += frame_budgets((1 + share - 1 / t).tolist(), budget, [h * w] * t)
             first += t * h * w
-        return Kept(best_rows(-values[:, 0], quota, frames))
+        return Kept(best_rows(-values[:, 0], quota, tokens.frame_lengths()))
 
 
 def values_of(grid: Grid, x: Tensor) -> Tensor:
