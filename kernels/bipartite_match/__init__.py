@@ -49,6 +49,12 @@ def bipartite_match(
     return _op(x, checks.lengths_of("frames", frames, len(x)))
 
 
+# A frame of 5 rows: cosines of even rows (left) with odd rows.
+#             1    3
+#     0      .2   .9     partner 3
+#     2      .7   .7     partner 1, the lower of equals
+#     4      .1   .4     partner 3
+# Rows 1 and 3 have no partner: -inf and -1.
 def naive(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     """Match frames of equal length as a batch, with one block of similarities in memory at a time.
 
@@ -60,10 +66,12 @@ def naive(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     partner = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
     spans = [*zip(checks.starts(lengths), lengths, strict=True)]
     for length in dict.fromkeys(lengths):
+        # Without an odd row the entries stay -inf and -1.
         if length < 2:
             continue
         starts = [start for start, rows in spans if rows == length]
         evens, odds = (length + 1) // 2, length // 2
+        # Short frames are batched; one frame that is too long is cut into blocks of even rows.
         frames = max(1, BLOCK_ELEMENTS // (evens * odds))
         rows = max(1, BLOCK_ELEMENTS // odds)
         for first in range(0, len(starts), frames):
@@ -71,6 +79,7 @@ def naive(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
             unit = normalise(_stacked(x, chosen, length).to(dtype))
             start = torch.tensor(chosen, device=x.device)[:, None]
             for row in range(0, evens, rows):
+                # (frames, even rows of the block, odd rows)
                 block = unit[:, 2 * row : 2 * (row + rows) : 2] @ unit[:, 1::2].transpose(1, 2)
                 index = block.argmax(2)  # the first of equals, unlike `max`; NaN counts as most
                 place = start + 2 * torch.arange(row, row + block.shape[1], device=x.device)

@@ -23,6 +23,7 @@ def match_kernel(
     frame = tl.program_id(0)
     start = tl.load(first_row + frame)
     rows = tl.load(first_row + frame + 1) - start
+    # Number of an even row among the even ones; row 2a of the frame. Odd row b is row 2b + 1.
     a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
     a_row = 2 * a
     d = tl.arange(0, BLOCK_D)
@@ -32,10 +33,13 @@ def match_kernel(
     poison = 0.0
     x += start.to(tl.int64) * stride
     odds = rows // 2
+    # The grid fits the longest frame; the last programs of shorter frames have no row.
     if tl.program_id(1) * BLOCK_A * 2 < rows:
+        # Odd rows in the outer loop, features in the inner one: only complete cosines are compared.
         for first in range(0, odds, BLOCK_B):
             b_row = 2 * (first + tl.arange(0, BLOCK_B)) + 1
             dots = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
+            # From 0 again in each block of odd rows: every block adds the whole square of the norm.
             a_square = tl.zeros([BLOCK_A], tl.float32)
             b_square = tl.zeros([BLOCK_B], tl.float32)
             for chunk in range(0, dim, BLOCK_D):
@@ -59,8 +63,10 @@ def match_kernel(
             poison += tl.sum(b_square * 0.0, axis=0)
             # The norm of the even row is the same for all partners, so it is applied at the end.
             score = dots * inverse_root(b_square)[None, :]
+            # Columns after the last odd row have product 0, which would beat negative cosines.
             score = tl.where((b_row < rows)[None, :], score, -float("inf"))
             value, index = tl.max(score, axis=1, return_indices=True)
+            # `tl.max` takes the first of equals in a block, and > keeps an earlier equal.
             better = value > best
             best = tl.where(better, value, best)
             best_row = tl.where(better, 2 * (first + index) + 1, best_row)

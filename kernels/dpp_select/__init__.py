@@ -81,10 +81,18 @@ def naive(unit: Tensor, counts: list[int], relevance: Tensor, lengths: list[int]
     return torch.cat(chosen).sort().values
 
 
+# Three rows of relevance 1, which span a plane: a = (1, 0), b = (.8, .6), c = (0, 1).
+#     gain                      1     1     1       a is chosen, the first of equals
+#     factor of a, K_a / √1     1    .8     0
+#     gain - factor²            0   .36     1       what a does not explain: c is chosen
+#     factor of c               0    .6     1       (K_c - products with earlier factors) / √1
+#     gain - factor²            0     0     0       b is used up: it adds no determinant
+# The determinant of the chosen rows is the product of their gains when they were chosen.
 def _greedy(unit: Tensor, r: Tensor, count: int) -> Tensor:
     """Choose `count` rows of every span of unit ``(S, L, D)``, r ``(S, L)``; ``(S, count)``."""
     spans, length = r.shape
     gain, least = r * r, EPSILON * r * r
+    # Rows of the Cholesky factor, one per choice: (S, count, L).
     factors = unit.new_zeros(spans, count, length)
     chosen = torch.empty(spans, count, dtype=torch.int64, device=unit.device)
     taken = torch.zeros_like(r, dtype=torch.bool)
@@ -94,11 +102,14 @@ def _greedy(unit: Tensor, r: Tensor, count: int) -> Tensor:
         best = score.argmax(1, keepdim=True)
         chosen[:, i] = best[:, 0]
         taken.scatter_(1, best, True)
+        # Relevance and gain of the new choice, (S, 1) each.
         own, left = r.gather(1, best), gain.gather(1, best)
         row = unit.gather(1, best[..., None].expand(-1, -1, unit.shape[2]))
         cosine = (unit @ row.mT)[..., 0]
         before = factors[:, :i].gather(2, best[:, None].expand(-1, i, -1))
+        # Row of K minus what the earlier factors explain of it, (S, L).
         row = own * r * cosine - (before.mT @ factors[:, :i])[:, 0]
+        # The gain of a choice that is used up is rounding, which the division would amplify.
         fresh = left > EPSILON * own**2
         factors[:, i] = torch.where(fresh, row / left.clamp(min=1e-20).sqrt(), 0.0)
         gain = gain - factors[:, i] ** 2

@@ -43,6 +43,7 @@ def cholesky_kernel(
     row = tl.arange(0, BLOCK)
     # The mask of loads reaches up to the pitch: in units of 16 it lets them be wide.
     held = row < pitch
+    # All rows of the span are in registers (at most MAX_ROWS): relevance, gain and `free`.
     r = tl.load(relevance + start + row, mask=row < rows, other=0.0)
     gain = r * r
     least = LEAST * gain
@@ -53,13 +54,17 @@ def cholesky_kernel(
         best = tl.argmax(tl.where(free, score, -float("inf")), axis=0, tie_break_left=True)
         tl.store(picks + begin + step, (start + best).to(tl.int64))
         own = tl.load(relevance + start + best)
+        # Element `best` of a vector in registers: the sum has one term other than 0.
         left = tl.sum(tl.where(row == best, gain, 0.0), axis=0)
         free = free & (row != best)
+        # Row of K of the new choice, from the products of the first launch.
         value = own * r * tl.load(gram + best.to(tl.int64) * pitch + row, mask=held, other=0.0)
         factor = factors
+        # Subtract what each earlier factor explains, in the order of the choices.
         for _ in range(step):
             value -= tl.load(factor + best) * tl.load(factor + row, mask=held, other=0.0)
             factor += pitch
+        # Factors after the last row are 0, as later steps read them up to the pitch.
         value = tl.where(row < rows, value / tl.sqrt(tl.maximum(left, 1e-20)), 0.0)
         value = tl.where(left > LEAST * own * own, value, 0.0)
         tl.store(factor + row, value, mask=held)

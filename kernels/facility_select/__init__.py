@@ -113,10 +113,18 @@ def _check_values(
 ) -> None:
     given = [t.sum() for t in (unit, points, weights, offset) if t is not None]
     checks.holds(torch.stack(given).isfinite().all(), "rows and factors must be finite")
+    # Negative weights would make a gain grow, and an earlier gain no upper bound.
     if weights is not None:
         checks.holds((weights >= 0).all(), "weights must be at least 0")
 
 
+# Coverings M of three points (columns) by three rows, k = 2:
+#                points         gain    gain after row 1, best = .5 1 .5
+#     row 0    1   .5    0      1.5     .5     max(0, 1 - .5) + 0 + 0
+#     row 1   .5    1   .5      2.0     chosen
+#     row 2    0   .5    1      1.5     .5     ties with row 0, which is lower
+# `greedy` knows the first gains, and updates the highest bounds first. Once a gain of .5 is
+# exact, a row whose first gain was .3 needs no update.
 class Coverage:
     """How well every row of one span covers every point, and the best covering so far.
 
@@ -129,6 +137,7 @@ class Coverage:
     def __init__(self, unit: Tensor, points: Tensor, offset: Tensor | None) -> None:
         self.unit, self.points, self.offset = unit, points, offset
         fits = len(unit) * len(points) <= DENSE_ENTRIES
+        # (rows, points) as NumPy on the host, where all steps run.
         self.dense = self._covers(unit).cpu().numpy() if fits else None
         dtype = np.float64 if unit.dtype == torch.float64 else np.float32
         self.best: Numbers = np.zeros(len(points), dtype=dtype)
@@ -137,17 +146,20 @@ class Coverage:
         """Gain of every row while none is chosen, ``(L,)``."""
         if self.dense is not None:
             return self.dense.sum(1)
+        # A span too long to keep its matrix: a block of rows at a time, and only sums remain.
         parts = self.unit.split(max(1, DENSE_ENTRIES // max(1, len(self.points))))
         return torch.cat([self._covers(part).sum(1) for part in parts]).cpu().numpy()
 
     def gains(self, rows: Numbers) -> Numbers:
         """By how much each of `rows` would improve the covering of all points together."""
         covers = self.columns(rows)
+        # (rows, points). A copy of a chosen row covers each point as well, but for rounding.
         better = covers > self.best * (1 + ROUNDING)
         return np.where(better, covers - self.best, 0).sum(1)
 
     def choose(self, row: int) -> None:
         """Add a row to the chosen ones."""
+        # A set covers a point as well as its best row does.
         np.maximum(self.best, self.columns(np.array([row]))[0], out=self.best)
 
     def columns(self, rows: Numbers) -> Numbers:
@@ -159,6 +171,7 @@ class Coverage:
 
     def _covers(self, rows: Tensor) -> Tensor:
         products = rows @ self.points.T
+        # Cosines cover from 0 on; a softmax has its denominator in the offset.
         return products.clamp_(min=0) if self.offset is None else (products - self.offset).exp_()
 
 
@@ -193,13 +206,16 @@ def greedy(coverage: Coverage, length: int, count: int, weight: Numbers | None) 
     if weight is not None:
         scores = scores * weight
     seen, taken = np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.bool_)
+    # Each turn of the inner loop updates the most promising bounds, until the best gain is exact.
     for step in range(count):
         while True:
             fresh = (seen == step) | (scores <= 0)  # what gains nothing never will
+            # Only bounds that reach the best exact gain, or tie with it, can change the choice.
             line = scores[fresh].max(initial=-1.0)
             open_rows = np.flatnonzero(~fresh & (scores >= line * TIED))
             if not len(open_rows):
                 break
+            # The highest bounds first: their gains raise the line, and lower ones may stay stale.
             if len(open_rows) > TOGETHER:
                 most = np.argpartition(-scores[open_rows], TOGETHER - 1)[:TOGETHER]
                 open_rows = open_rows[most]

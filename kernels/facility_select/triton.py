@@ -47,6 +47,8 @@ def cover_kernel(
         dots = full_dot(left, i < rows, right, j < reach, dim, BLOCK, BLOCK_D)
         if SOFTMAX:
             dots = tl.exp(dots - tl.load(offset + begin + j, mask=j < reach, other=0.0)[None, :])
+        # Rows of coverings begin at multiples of 16, so that loads are wide; the rest holds 0,
+        # which never exceeds a covering and so adds no gain.
         pitch = (reach + 15) // 16 * 16
         place = tl.load(first_cover + span) // 16 * 16 + i.to(tl.int64)[:, None] * pitch
         tl.store(
@@ -76,12 +78,14 @@ def facility_kernel(
     cover += tl.load(first_cover + span) // 16 * 16
     best += tl.load(first_best + span) // 16 * 16
     gains += start
+    # Gains go through memory: a tile has 16 rows, the comparison needs all rows in one vector.
     row = tl.arange(0, ROWS)
     free = row < rows
     weight = tl.full([ROWS], 1.0, tl.float32)
     if WEIGHTED:
         weight = tl.load(weights + start + row, mask=free, other=0.0)
     for step in range(count):
+        # 16 rows at a time over all points, so that the sum of a row stays in a register.
         for first in range(0, rows, TILE):
             j = first + tl.arange(0, TILE)
             total = tl.zeros([TILE], tl.float32)
@@ -94,6 +98,7 @@ def facility_kernel(
             tl.store(gains + j, total, mask=j < rows)
         tl.debug_barrier()  # other threads of the program wrote these gains
         gain = tl.load(gains + row, mask=row < rows, other=0.0)
+        # Gains are at least 0, so -1 is never the best while a row is free.
         score = tl.where(free, gain * weight, -1.0)
         line = tl.max(score, axis=0) * TIED
         chosen = tl.min(tl.where(score >= line, row, ROWS), axis=0)  # the first of those that tie
@@ -127,6 +132,7 @@ def facility_select(
     if unit.dtype != torch.float32 or not fits(counts, lengths, reach):
         return naive(unit, counts, weights, lengths, points, reach, offset)
     unit = checks.rows_contiguous(unit)
+    # Without points, rows cover one another, and tables of rows serve as those of points.
     points = unit if points is None else checks.rows_contiguous(points)
     device, longest = unit.device, max(lengths, default=0)
     picks = torch.empty(sum(counts), dtype=torch.int64, device=device)

@@ -55,6 +55,7 @@ def topk_stable(
     takes two launches for all spans. Spans above 32768 rows are sorted.
     """
     if trusted:
+        # Scores of a reducer, whose values were checked, with budgets and lengths from the host.
         counts, lengths = cast("list[int]", k), cast("list[int]", spans)
     else:
         checks.operand("scores", scores, "(n,)", dtypes=None)
@@ -73,11 +74,17 @@ def naive(scores: Tensor, counts: list[int], lengths: list[int]) -> Tensor:
     sorted together: by score, and then stably by span.
     """
     scores = scores + 0.0  # turns -0.0 into 0.0, so that the two tie
+    # Frames of one video, or samples with one keep count: a batched sort of a table (spans, rows).
     if len(set(zip(lengths, counts, strict=True))) == 1:
         table = scores.view(len(lengths), lengths[0])
         order = torch.sort(table, dim=1, descending=True, stable=True).indices[:, : counts[0]]
         first = torch.arange(0, len(scores), lengths[0], device=scores.device)
         return (torch.sort(order, dim=1).values + first[:, None]).flatten()
+    # Two spans of 2 and 3 rows, keep counts 1 and 2:
+    #     scores                    1  5 | 2  9  5
+    #     order by score            3  1  4  2  0     the sort is stable: row 1 before row 4
+    #     stably by span            1  0 | 3  4  2
+    #     places 0 | 2 3            1    | 3  4
     owner = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(scores.device)
     order = torch.sort(scores, descending=True, stable=True).indices
     order = order[torch.sort(owner[order], stable=True).indices]

@@ -18,6 +18,12 @@ LONGEST = 32768
 BLOCKS = (32, 128)
 
 
+# Scores of one span with keep count 3:
+#     row                 0  1  2  3  4
+#     score               3  7  3  9  7
+#     scores ahead        3  1  4  0  2     row 2 ties with row 0 and comes after it
+#     chosen (ahead < 3)  0  1  0  1  1
+#     cumsum - 1          -  0  -  1  2     place of rows 1, 3 and 4 among the picks
 @triton.jit
 def rank_kernel(
     scores, first_row, first_pick, chosen, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
@@ -36,6 +42,7 @@ def rank_kernel(
         ahead = tl.zeros([BLOCK_I], tl.int32)
         for begin in range(0, rows, BLOCK_J):
             j = begin + tl.arange(0, BLOCK_J)
+            # -inf is a valid score too, so `inside` excludes rows after the span, not their value.
             other = tl.load(scores + start + j, mask=j < rows, other=-float("inf"))
             better = other[None, :] > own[:, None]
             lower = (other[None, :] == own[:, None]) & (j[None, :] < i[:, None])
@@ -69,6 +76,7 @@ def topk_stable(scores: Tensor, counts: list[int], lengths: list[int]) -> Tensor
     if len(picks) == 0:
         return picks
     chosen = torch.empty(len(scores), dtype=torch.int8, device=scores.device)
+    # Both tables have an entry more than there are spans, for the end of the last one.
     first_row = table(starts([*lengths, 0]), scores.device)
     first_pick = table(starts([*counts, 0]), scores.device)
     own, others = BLOCKS
