@@ -242,11 +242,13 @@ def naive(
         start = read_starts(start, given, counts)
     chosen: list[Tensor] = [torch.empty(0, dtype=torch.int64, device=x.device)] * len(lengths)
     shapes = [*zip(lengths, counts, strict=True)]
+    # Frames of a video have one shape and take their steps together, one batch per shape.
     for length, count in dict.fromkeys(shapes):
         spans = [span for span, shape in enumerate(shapes) if shape == (length, count)]
         size = max(1, GRAM_ELEMENTS // max(1, length * length))
         for begin in range(0, len(spans) if count else 0, size):
             members = spans[begin : begin + size]
+            # Rows of every span of the batch: (members, length).
             rows = torch.tensor([first_row[s] for s in members], device=x.device)[:, None]
             rows = rows + torch.arange(length, device=x.device)
             weight = None if weights is None else weights[rows]
@@ -254,8 +256,10 @@ def naive(
             member_index = torch.tensor(members, device=x.device)
             first = None
             if start is not None and given is None:
+                # One first choice per span: (members, 1).
                 first = FirstRows(start[member_index][:, None])
             elif start is not None and given is not None:
+                # Several: as many entries as choices, (members, count); the first `given` are read.
                 places = torch.tensor([first_pick[s] for s in members], device=x.device)[:, None]
                 own = start[places + torch.arange(count, device=x.device)]
                 first = FirstRows(own, given[member_index])
@@ -268,6 +272,7 @@ def naive(
 
 def read_starts(start: Tensor, given: Tensor, counts: list[int]) -> Tensor:
     """First choices ``(Σ counts,)`` with 0 after the `given` ones of every span."""
+    # counts 3 and 2, given 1 and 2: places 0 1 2 | 0 1, and entries a - - | b c become a 0 0 | b c.
     place = torch.cat([torch.arange(count) for count in counts] or [torch.arange(0)])
     count = torch.tensor(counts, device=start.device)
     return start.masked_fill(place.to(start.device) >= given.repeat_interleave(count), 0)
@@ -299,6 +304,7 @@ def _greedy(
     `weight` and `bonus` are ``(S, L)``, `margin` is ``(S,)``.
     """
     measure = METRICS[metric]
+    # bf16 rows are compared in fp32: the 8 bits of bf16 are too few to rank distances.
     x = x if x.dtype == torch.float64 else x.float()
     rows = normalise(x) if measure is Cosine else x
     short = x.shape[1] <= MAX_GRAM_ROWS
@@ -334,11 +340,13 @@ def isolated_row(rows: Tensor, measure: Metric, distance: Tensor | None) -> Tens
     if distance is not None:
         distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
         return first_best(distance.amin(2))
+    # A span without a matrix: blocks of rows against all rows, (S, step, L) each.
     length = rows.shape[1]
     nearest = []
     for begin in range(0, length, step := max(1, GRAM_ELEMENTS // (length * len(rows)))):
         part = measure.pairs(rows[:, begin : begin + step], rows)
         at = torch.arange(part.shape[1], device=rows.device)
+        # A row is no neighbour of itself; copies of it are.
         part[:, at, at + begin] = torch.inf
         nearest.append(part.amin(2))
     return first_best(torch.cat(nearest, dim=1))
@@ -353,6 +361,7 @@ def _at_once(
     dominates, and NumPy's is the lowest.
     """
     distances = distance.cpu().numpy()
+    # Copies, as the steps mark chosen rows in them.
     weights, margins = weight.cpu().numpy().copy(), margin.cpu().numpy()[:, None]
     extra, starts_of = bonus.cpu().numpy().copy(), first.rows.cpu().numpy()
     given = None if first.given is None else first.given.cpu().numpy()
@@ -364,11 +373,13 @@ def _at_once(
         for step in range(count):
             order[step] = last
             weights[spans, last], extra[spans, last] = TAKEN, 0.0
+            # Row `last` of every matrix, (S, L): the step reads L values per span, not L².
             np.minimum(nearest, distances[spans, last], out=nearest)
             np.multiply(np.add(nearest, margins, out=scores), weights, out=scores)
             np.add(scores, extra, out=scores)
             last = (scores >= scores.max(1, keepdims=True) * TIED).argmax(1)  # the first of them
             if given is not None and step + 1 < most:
+                # Spans with fewer first choices than others choose by score already.
                 last = np.where(step + 1 < given, starts_of[:, step + 1], last)
     return torch.from_numpy(order.T.copy()).to(distance.device)
 

@@ -21,6 +21,14 @@ ROUND = 256
 TAKEN = -1.0
 
 
+# Rows at 0 1 2 5 6 10 on a line, row 0 is chosen, and a round has two candidates (ROUND = 2):
+#     row                     0  1  2  3  4   5
+#     distance to row 0       -  1  2  5  6  10    candidates 4 and 5; the bar is 5, of row 3
+#     row 5 is chosen         -  1  2  5  4   -    row 4 is closer to it, and 4 is below the bar:
+#                                                  row 3 may be better, so the round ends
+#     next round              -  1  2  5  4   -    rows 2 and 3 are compared with row 5; row 1 has
+#                                                  the bound 1, is not among the best, and waits
+#     row 3 is chosen         -  1  2  -  1   -    1 is below the bar 2 of row 2: the round ends
 class Rounds:
     """Selection in one long span ``(L, D)`` without L × L distances or steps that read all rows.
 
@@ -67,6 +75,7 @@ class Rounds:
         self.chosen = rows.new_empty(count, rows.shape[1])
         self.chosen[: self.done] = rows[start]
         self.weight[start], self.bonus[start] = TAKEN, 0.0
+        # (part of L, first choices) at a time: selections may give many first choices.
         parts = rows.split(max(1, GRAM_ELEMENTS // self.done))
         self.nearest = torch.cat([measure.closest(p, self.chosen[: self.done]) for p in parts])
         self.seen = torch.full_like(self.nearest, self.done, dtype=torch.int64)
@@ -74,7 +83,9 @@ class Rounds:
     def run(self) -> Tensor:
         """Run rounds until all rows are chosen; return `order`."""
         while self.done < len(self.order):
+            # One row more than candidates: the best of the other rows must have an exact score too.
             score, tied, ranked = self.ranked(ROUND + 1)
+            # In ascending order, so that the first candidate of a tie is the lowest row.
             candidates, others = ranked[:ROUND].sort().values, ranked[ROUND:]
             rows, nearest = self.rows[candidates], self.nearest[candidates].cpu()
             distance, weight = self.measure.pairs(rows, rows).cpu(), self.weight[candidates].cpu()
@@ -85,6 +96,7 @@ class Rounds:
             picked = torch.tensor(picks, device=candidates.device)
             new, place = candidates[picked], slice(self.done, self.done + len(picks))
             self.order[place], self.chosen[place], self.done = new, rows[picked], place.stop
+            # Candidates were compared with all choices of the round; other rows keep `seen`.
             self.nearest[candidates], self.seen[candidates] = nearest.to(rows.device), self.done
             self.weight[new], self.bonus[new] = TAKEN, 0.0
         return self.order
@@ -100,6 +112,7 @@ class Rounds:
         """
         score, reach = (self.nearest + self.margin) * self.weight + self.bonus, count
         while True:
+            # Rows that tie with the best rank first and by row, however many there are.
             tied = score >= score.max() * TIED
             ranked = score.masked_fill(tied, torch.inf).sort(descending=True, stable=True).indices
             needed = max(count, int(tied.sum()))
@@ -119,6 +132,7 @@ class Rounds:
         """Compare `rows` with the choices that they have not seen, equal numbers together."""
         seen = self.seen[rows]
         for already_seen in seen[seen < self.done].unique().tolist():
+            # Choices are in order, so rows that saw the first m of them miss the same ones.
             unseen = self.chosen[already_seen : self.done]
             for part in rows[seen == already_seen].split(max(1, GRAM_ELEMENTS // len(unseen))):
                 distance = self.measure.closest(self.rows[part], unseen)
@@ -156,6 +170,8 @@ def _round(
             np.multiply(np.add(near, margin, out=scores), weights, out=scores)
             np.add(scores, extra, out=scores)
             best = scores.max()
+            # The first choice of a round is the best row of all. Later, another row may be better:
+            # one that tied with the best when the round began (`behind`), or another (`below`).
             line = max(best, behind) * share
             if picks and (best < behind or line <= below):
                 break

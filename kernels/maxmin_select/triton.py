@@ -39,10 +39,12 @@ def isolated_kernel(gram, first_row, first_gram, nearest, BLOCK: tl.constexpr):
     rows = tl.load(first_row + span + 1) - start
     i = tl.program_id(0)
     if i < rows:
+        # // 16 * 16 changes nothing, and shows the compiler an alignment that permits wide loads.
         gram += tl.load(first_gram + span) // 16 * 16 + i.to(tl.int64) * pitch(rows)
         closest = tl.full([BLOCK], float("inf"), tl.float32)
         for begin in range(0, rows, BLOCK):
             j = begin + tl.arange(0, BLOCK)
+            # The diagonal is left out by the mask: the matrix itself is read again by the steps.
             other = (j < rows) & (j != i)
             closest = tl.minimum(closest, tl.load(gram + j, mask=other, other=float("inf")))
         tl.store(nearest + start + i, tl.min(closest, axis=0))
@@ -74,6 +76,7 @@ def greedy_kernel(
     gram += tl.load(first_gram + span) // 16 * 16
     row = tl.arange(0, BLOCK)
     inside = row < rows
+    # (BLOCK,): distance of every row from the closest choice so far.
     distance = tl.full([BLOCK], float("inf"), tl.float32)
     if ROUND:
         distance = tl.load(nearest + row, mask=inside, other=0.0)
@@ -89,6 +92,7 @@ def greedy_kernel(
     bonus = 0.0
     if BONUS:
         bonus = tl.load(bonuses + start + row, mask=inside, other=0.0)
+    # First choices: an entry for every choice of all spans (GIVEN), or one for every span.
     if GIVEN:
         start_row += begin
         ready = tl.load(given + span)
@@ -104,15 +108,18 @@ def greedy_kernel(
         # loads be wide. Entries in between are never chosen, because their weight is negative.
         at = gram + last.to(tl.int64) * pitch(rows) + row
         distance = tl.minimum(distance, tl.load(at, mask=row < pitch(rows), other=0.0))
+        # Scores of free rows are at least 0, so -1 excludes all others from the maximum.
         score = tl.where(weight < 0.0, -1.0, (distance + margin) * weight + bonus)
         best = tl.max(score, axis=0)
         line = best * TIED
         last = tl.min(tl.where(score >= line, row, BLOCK), axis=0)  # the first of those that tie
         step += 1
         if GIVEN:
+            # -1 after the last first choice: from there on the scores decide.
             named = tl.load(start_row + step, mask=step < ready, other=-1).to(tl.int32)
             last = tl.where(named < 0, last, named)
         if ROUND:
+            # The step after the one just noted would be uncertain, so `count` ends the loop.
             over = (best < highest_behind) | (line <= highest_below)
             count = tl.where(over, step, count)
     if ROUND:
@@ -185,6 +192,8 @@ def grouped(lengths: list[int]) -> list[list[int]]:
     result: list[list[int]] = []
     room = 0
     for span, length in enumerate(lengths):
+        # MAX_GRAM_ROWS 10, room for 200 distances, spans of 8 8 8 20 8 rows:
+        #     8 8 8 -> 192 distances, one group;   20 -> alone, in rounds;   8 -> a new group
         if length > MAX_GRAM_ROWS or length * length > room or not result:
             result.append([])
             room = GRAM_ELEMENTS if length <= MAX_GRAM_ROWS else 0
@@ -211,6 +220,7 @@ def run(
     if not len(group_picks):
         return
     first = first.of(own, spans)
+    # A long span is alone in its group; rows and picks count within it until the end.
     if longest > MAX_GRAM_ROWS:
         span, length = slice(row[spans.start], row[spans.stop]), lengths[spans.start]
         part = rows.part(span)
@@ -246,12 +256,15 @@ def run_rounds(rows: Rows, factors: Factors, length: int, start: Tensor, picks: 
         rows.closest(new, nearest)
         if done == len(picks):
             return
+        # A chosen row has the factor TAKEN < 0, and no bonus that could lift it above 0.
         score = (nearest if margin is None else nearest + margin) * remaining
         if bonus is not None:
             score = torch.where(remaining < 0, score, score + bonus)
         tied = score >= score.max() * TIED
         ranked = score.masked_fill(tied, torch.inf).sort(descending=True, stable=True).indices
         candidates, others = ranked[:CANDIDATES].sort().values, ranked[CANDIDATES:]
+        # Highest scores of other rows that tie with the best, and of those below: tensors of one
+        # element, which the kernel reads without the host.
         bars = [
             score[others].masked_fill(hidden, -torch.inf).amax()
             for hidden in (~tied[others], tied[others])
@@ -260,6 +273,7 @@ def run_rounds(rows: Rows, factors: Factors, length: int, start: Tensor, picks: 
         steps_taken = torch.full((1,), limit, dtype=torch.int32, device=device)
         local = torch.zeros(limit, dtype=torch.int64, device=device)
         extra = None if bonus is None else bonus[candidates]
+        # The round starts with the first of the rows that tie with the best; it is a candidate.
         greedy(
             rows.part(candidates), [0, len(candidates)], table([0, limit], device),
             First(torch.searchsorted(candidates, ranked[:1])),
@@ -285,6 +299,7 @@ def greedy(
     :func:`greedy_kernel` for a round, and is None otherwise.
     """
     lengths, device = [end - begin for begin, end in itertools.pairwise(bounds)], picks.device
+    # Every row of a matrix takes a multiple of 16 entries (`pitch`).
     squares = [length * triton.cdiv(length, 16) * 16 for length in lengths]
     gram = torch.empty(sum(squares), dtype=torch.float32, device=device)
     first_row, first_gram = table(bounds, device), table(starts(squares), device, torch.int64)

@@ -34,6 +34,7 @@ def gram_kernel(
     rows = tl.load(first_row + span + 1) - start
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     j = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    # All tiles, not half of them: the steps read complete rows of the symmetric matrix.
     if (tl.program_id(1) * BLOCK < rows) & (tl.program_id(2) * BLOCK < rows):
         x += start.to(tl.int64) * stride
         left_rows = x + i.to(tl.int64) * stride
@@ -56,6 +57,7 @@ def mean_square(columns, left, left_inside, right, right_inside, rows, dim, zero
     `columns` is ``(D, rows)``: the rows of a tile lie side by side, one feature after the other.
     """
     total = zeros
+    # One feature of BLOCK rows per load, side by side; the squared difference has no cancellation.
     for _ in range(dim):
         a = tl.load(columns + left, mask=left_inside, other=0.0)
         b = tl.load(columns + right, mask=right_inside, other=0.0)
@@ -110,8 +112,10 @@ def closest_kernel(
         dots = tl.zeros([BLOCK, BLOCK], tl.float32)
         dots = long_dot(left_rows, i < rows, x + j * stride, p < count, dots, DIM, BLOCK_D)
         cosine = dots * left[:, None] * right[None, :]
+        # Places after the last pick have cosine 0, which would be the closest of opposite rows.
         cosine = tl.where((p < count)[None, :], cosine, -float("inf"))
         closest = tl.maximum(closest, tl.max(cosine, axis=1))
+    # Minima of all rounds accumulate in memory: each pick is compared with all rows once.
     before = tl.load(nearest + i, mask=i < rows, other=0.0)
     distance = tl.maximum(1.0 - closest, LEAST)
     tl.store(nearest + i, tl.minimum(before, distance), mask=i < rows)
@@ -132,6 +136,7 @@ def closest_difference_kernel(
         j = tl.load(picks + p, mask=p < count, other=0)
         zeros = tl.zeros([BLOCK, BLOCK], tl.float32)
         square = mean_square(columns, i, i < rows, j, p < count, rows, dim, zeros)
+        # Squares are compared, and one root is taken at the end: it does not change the order.
         square = tl.where((p < count)[None, :], square, float("inf"))
         closest = tl.minimum(closest, tl.min(square, axis=1))
     before = tl.load(nearest + i, mask=i < rows, other=0.0)

@@ -59,6 +59,7 @@ def mean_kernel(
     start = tl.load(first_row + span)
     stop = tl.load(first_row + span + 1)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    # A tile of partial sums, added up once at the end: no sum over rows within the loop.
     total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for begin in range(start, stop, BLOCK_R):
         row = begin + tl.arange(0, BLOCK_R)
@@ -68,6 +69,7 @@ def mean_kernel(
         if SCALED:
             value *= tl.load(scale + row, mask=row < stop, other=0.0)[:, None]
         total += value
+    # A span without rows has the mean 0, not NaN.
     count = tl.maximum(stop - start, 1)
     tl.store(mean + span.to(tl.int64) * dim + d, tl.sum(total, axis=0) / count, mask=d < dim)
 
@@ -81,11 +83,13 @@ def first_kernel(score, first_row, first, BLOCK: tl.constexpr, TIED: tl.constexp
     span = tl.program_id(0)
     start = tl.load(first_row + span)
     rows = tl.load(first_row + span + 1) - start
+    # Two walks, as the line of a tie depends on the largest score of all.
     best = -float("inf")
     for begin in range(0, rows, BLOCK):
         row = begin + tl.arange(0, BLOCK)
         value = tl.load(score + start + row, mask=row < rows, other=-float("inf"))
         best = tl.maximum(best, tl.max(value, axis=0))
+    # For a negative best score, best * TIED lies above it, and no row would reach the line.
     line = tl.minimum(best, best * TIED)
     place = rows
     for begin in range(0, rows, BLOCK):
