@@ -143,6 +143,8 @@ def _visible(visible: Tensor | None, q: Tensor, k: Tensor, causal: bool) -> Tens
     if causal and rows > keys:
         raise KernelError(f"{rows} probe rows but {keys} keys: pass visible to place the rows")
     key = torch.arange(rows, device=q.device, dtype=torch.int32) + max(0, keys - rows)
+    # First key, key after the last, key of the row: (3, B, R). Two rows of four keys, causal:
+    #     0 0 | 3 4 | 2 3
     visible = key.new_zeros(3, batch, rows)
     visible[1] = key + 1 if causal else keys
     visible[2] = key
@@ -155,6 +157,7 @@ def _row_weights(value: Tensor | None, q: Tensor) -> Tensor:
     if value is None:
         return torch.ones(shape, dtype=dtype, device=q.device)
     value = value.detach().to(dtype)
+    # (B, R) -> (B, 1, R): one weight for all heads. (R,) broadcasts as it is.
     if value.dim() == 2:
         value = value[:, None]
     fault = f"row_weights {tuple(value.shape)} does not fit {tuple(shape)} probe rows"
@@ -181,6 +184,7 @@ def naive(
     ``(3, B, R)``: `lo`, `hi` and `key` in the functions below, whose `lse` is ``(B, Hq, R)``.
     """
     lo, hi, key = visible.unbind()
+    # PageRank over causal attention: one probe row per key, and no row sees a later key.
     if iterations > 1 and is_triangular(hi, key):
         return causal_powers(q, k, weights, lo, hi, scale, iterations)
     return repeated(column_sums, attention_lse, q, k, weights, visible, scale, iterations)
@@ -198,9 +202,12 @@ def repeated(
 ) -> Tensor:
     """As :func:`naive`, with one pass of `sums` per application and one of `lse_of`."""
     lo, hi, key = visible.unbind()
+    # The matrix is the same in all iterations, so its denominators are computed once.
     lse = lse_of(q, k, lo, hi, scale) if iterations > 1 else None
     out = sums(q, k, weights, lo, hi, lse, scale)
     for _ in range(iterations - 1):
+        # The result is per key, the next weights are per row: row i takes the value of its key.
+        # Padding rows (key -1) read key 0, which the mask turns into 0.
         at = key.clamp(min=0).long()[:, None].expand_as(weights)
         weights = out.gather(2, at).masked_fill_(key[:, None] < 0, 0.0)
         out = sums(q, k, weights, lo, hi, lse, scale)
@@ -241,6 +248,11 @@ def is_triangular(hi: Tensor, key: Tensor) -> bool:
     return bool(((key == index) | (key < 0)).all()) and bool((hi <= index + 1).all())
 
 
+# Two steps over M of 4 rows and keys in blocks of 2, from the last block of rows to the first:
+#              keys   0  1 | 2  3
+#     rows 2, 3      d  d | c  c     c: s1, then s2 at keys 2 and 3; final: no row follows
+#                                    d: adds s0 and s1 of rows 2 and 3 to s1 and s2 at keys 0 and 1
+#     rows 0, 1      a  a | -  -     a: s1, then s2 at keys 0 and 1; s1 already has the part of d
 def causal_powers(
     q: Tensor, k: Tensor, weights: Tensor, lo: Tensor, hi: Tensor, scale: float, steps: int
 ) -> Tensor:
@@ -253,6 +265,7 @@ def causal_powers(
     powers = weights.new_zeros(steps + 1, *q.shape[:2], k.shape[2])
     powers[0] = weights
     for rows, columns, logits in _blocks(q, k, lo, hi, scale, backwards=True):
+        # (B, Hq, rows, columns); the softmax of a row without visible keys is NaN and becomes 0.
         matrix = torch.softmax(logits, -1, out=logits)
         empty = (hi <= lo)[:, rows]
         if bool(empty.any()):
@@ -266,6 +279,7 @@ def causal_powers(
             spread = powers[step][:, :, None, rows] @ matrix[..., first:]
             powers[step + 1][:, :, own] += spread.squeeze(2)
         if first:
+            # (B, Hq, steps, rows) @ (B, Hq, rows, columns): the steps are rows of one product.
             earlier = powers[:-1, :, :, rows].permute(1, 2, 0, 3) @ matrix[..., :first]
             powers[1:, :, :, columns.start : own.start] += earlier.permute(2, 0, 1, 3)
     return powers[-1]
@@ -293,8 +307,10 @@ def _blocks(
         seen = high > low
         if not bool(seen.any()):
             continue
+        # Under a causal mask, keys after the last row of the block are not multiplied at all.
         begin, end = int(low[seen].min()), int(high[seen].max())
         block = q[:, :, rows].to(dtype) * scale
+        # Query heads of a group are consecutive: (B, Hkv, group · rows, D).
         block = block.reshape(batch, kv_heads, -1, dim)
         shape = (batch, kv_heads, block.shape[2], end - begin)
         logits = memory[: math.prod(shape)].view(shape)

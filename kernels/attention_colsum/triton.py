@@ -31,6 +31,11 @@ MAX_HEAD_DIM = 256
 MANY_ROWS = 256
 
 
+# Tiles of the first pass: GROUP 2, 3 rows, one key head, BLOCK_R 4, so two tiles of pairs.
+#     item            0  1  2  3 | 4  5  -  -     - is outside: no load, no store
+#     head, row       0  0  0  1 | 1  1
+#                     0  1  2  0 | 1  2
+# Each tile reads keys `begin` to `end`, the union of what its rows see, in SPLITS shares.
 @triton.jit
 def lse_kernel(
     q, k, lo, hi, out, scale,
@@ -58,6 +63,7 @@ def lse_kernel(
     begin = tl.min(tl.where(high > low, low, 2147483647), axis=0)
     end = tl.max(high, axis=0)
     begin = tl.minimum(begin, end)
+    # Whole key blocks per split; the last splits may be empty and then give -inf.
     share = (end - begin + SPLITS - 1) // SPLITS
     share = (share + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     begin += split * share
@@ -93,10 +99,12 @@ def lse_kernel(
         logits *= scale
         seen = (column[None, :] >= low[:, None]) & (column[None, :] < high[:, None])
         seen = seen & (column[None, :] < end)
+        # Keys that only other rows of the tile see.
         logits = tl.where(seen, logits, -float("inf"))
         new_top = tl.maximum(top, tl.max(logits, axis=1))
         # As long as a row has seen no key its maximum is -inf, and -inf - -inf would be NaN.
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        # The sum so far refers to the old maximum.
         total = total * tl.exp2((top - shift) * LOG2E)
         total += tl.sum(tl.exp2((logits - shift[:, None]) * LOG2E), axis=1)
         top = new_top
@@ -105,6 +113,8 @@ def lse_kernel(
     tl.store(out + split.to(tl.int64) * split_stride + place, result, mask=inside)
 
 
+# The log-sum-exp of all keys is the log-sum-exp of the values of the splits: two splits with
+# log 2 and log 3 give log 5.
 @triton.jit
 def combine_kernel(partial, out, count, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """Combine the log-sum-exp values of all splits of every row."""
@@ -168,6 +178,7 @@ def colsum_kernel(
             row = step * BLOCK_R + tl.arange(0, BLOCK_R)
             inside = row < rows
             q_row = q + head.to(tl.int64) * stride_qh + row.to(tl.int64) * stride_qr
+            # Transposed, keys × rows: the key tile, which stays, is the left operand.
             logits = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
             if CHUNK == BLOCK_D:
                 q_tile = tl.load(
@@ -188,6 +199,7 @@ def colsum_kernel(
             high = tl.where(live, high, 0)
             logits *= scale
             seen = (column[:, None] >= low[None, :]) & (column[:, None] < high[None, :])
+            # Probabilities, with the log-sum-exp of all keys of the row as denominator.
             share = tl.where(seen, (logits - norm[None, :]) * LOG2E, -float("inf"))
             sums += tl.sum(tl.exp2(share) * weight[None, :], axis=1)
         place = (sample.to(tl.int64) * kv_heads * GROUP + head) * keys + column
@@ -214,6 +226,7 @@ def attention_lse(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float) ->
     block_r, block_n, warps = lse_blocks(group * rows, dim, q.element_size())
     tiles = triton.cdiv(group * rows, block_r)
     splits = split_count(tiles * batch * kv_heads, triton.cdiv(keys, block_n), q.device)
+    # (splits, B, Hq, R), or the result itself.
     partial = out if splits == 1 else out.new_empty(splits, *out.shape)
     lse_kernel[(tiles, batch * kv_heads, splits)](
         q, k, lo, hi, partial, scale, *q.stride()[:3], *k.stride()[:3],
@@ -255,6 +268,10 @@ def column_sums(
     return out
 
 
+# Six causal rows and keys, blocks of two rows and two keys:
+#     keys a row sees up to (hi)   1 2 | 3 4 | 5 6
+#     reach of row blocks           2  |  4  |  6     the first block that sees keys 0, 2, 4: 0 1 2
+#     begin of row blocks           0  |  0  |  0     one past the last: 3 3 3
 def row_block_bounds(
     lo: Tensor, hi: Tensor, block_r: int, block_n: int, keys: int
 ) -> tuple[Tensor, Tensor]:
@@ -263,6 +280,7 @@ def row_block_bounds(
     Both are int32 ``(B, key blocks)``. For any order of rows, no row block outside of the bounds
     sees a key of the block; for ascending rows the bounds are tight.
     """
+    # Padding rows, and rows that see no key, must not widen a block: low = keys, high = 0.
     pad = -lo.shape[1] % block_r
     seen = hi > lo
     low = torch.nn.functional.pad(lo.masked_fill(~seen, keys), (0, pad), value=keys)

@@ -63,12 +63,19 @@ def ccam_attention(
     per_frame = k.shape[2] // frames if frames > 0 else 0
     if frames < 0 or k.shape[2] != per_frame * frames:
         raise KernelError(f"{k.shape[2]} keys are not a multiple of {frames} frames")
+    # Videos without frames, and frames without tokens: a softmax over no keys would be NaN.
     if per_frame == 0:
         return torch.zeros_like(q)
     scale = dim**-0.5 if scale is None else scale
     return _op(q, k, v, frames, per_frame, causal, scale)
 
 
+# Four queries, and three or seven frames (x: visible):
+#     query 0    x . .      x . . . . . .
+#     query 1    x . .      x x . . . . .
+#     query 2    x x .      x x x x . . .
+#     query 3    x x x      x x x x x x .     no query sees the last ⌈7/4⌉ - 1 = 1 frame
+# `runs` of the first: queries 0 and 1 see one frame, query 2 two, query 3 three.
 def visible_frames(query: int, queries: int, frames: int) -> int:
     """Return how many frames, from the first on, query `query` sees: ``floor(i·F/Q) + 1``.
 
@@ -107,6 +114,7 @@ def naive(
     """
     queries, parts = q.shape[2], []
     for first, end, seen in runs(queries, frames) if causal else [(0, queries, frames)]:
+        # Visible frames are a prefix of the keys, so a slice replaces the mask.
         keys = seen * per_frame
         parts.append(
             F.scaled_dot_product_attention(

@@ -31,11 +31,13 @@ def ccam_kernel(
     split = tl.program_id(2)
     query = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = query < queries
+    # Number of keys that each query sees, (BLOCK_Q,): a prefix, so one limit is the whole mask.
     if CAUSAL:
         limit = tl.minimum(query * frames // queries + 1, frames) * per_frame
     else:
         limit = tl.zeros([BLOCK_Q], tl.int32) + frames * per_frame
     limit = tl.where(inside, limit, 0)
+    # The tile reads as far as its last query sees; splits after that have no key at all.
     begin = split * split_keys
     end = tl.minimum(tl.max(limit, axis=0), begin + split_keys)
 
@@ -51,6 +53,7 @@ def ccam_kernel(
         mask=inside[:, None] & (d < DIM)[None, :],
         other=0.0,
     )
+    # Running maximum (in units of log2), sum and weighted values of every query: online softmax.
     top = tl.full([BLOCK_Q], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     result = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -64,17 +67,22 @@ def ccam_kernel(
         seen = key[None, :] < tl.minimum(limit, end)[:, None]
         logits = tl.where(seen, logits, -float("inf"))
         new_top = tl.maximum(top, tl.max(logits, axis=1))
+        # A query that has seen no key yet: 0 instead of -inf, as -inf - -inf would be NaN.
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
         share = tl.exp2(logits - shift[:, None])
         old = tl.exp2(top - shift)
         total = total * old + tl.sum(share, axis=1)
+        # The result so far refers to the old maximum, as the sum does. The product takes
+        # probabilities in the dtype of the values (tensor cores), and adds in fp32.
         v_tile = tl.load(v + at * stride_vn + d[None, :], mask=mask, other=0.0)
         result = dot(share.to(v_tile.dtype), v_tile, result * old[:, None])
         top = new_top
+    # Splits after the last visible key: 0, with the log-sum-exp -inf, which weighs nothing.
     result = tl.where(
         (total != 0.0)[:, None], result / tl.where(total != 0.0, total, 1.0)[:, None], 0.0
     )
     row = (sample.to(tl.int64) * heads + head) * queries + query
+    # `out` is (splits, B, H, Q, D) in fp32, or the result itself for one split.
     row += split.to(tl.int64) * tl.num_programs(1) * queries
     tl.store(
         out + row[:, None] * DIM + d[None, :],
@@ -99,6 +107,7 @@ def combine_kernel(
         top = tl.maximum(
             top, tl.load(lse + split * rows.to(tl.int64) + row, mask=inside, other=0.0)
         )
+    # Two splits with LSE 2 and 1: weights 1 and e^-1, hence shares .73 and .27 of their results.
     top = tl.where(top == -float("inf"), 0.0, top)
     total = tl.zeros([BLOCK], tl.float32)
     result = tl.zeros([BLOCK, BLOCK_D], tl.float32)
