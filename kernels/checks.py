@@ -149,6 +149,7 @@ def cosines(values: Tensor) -> None:
 
 def rows_contiguous(tensor: Tensor) -> Tensor:
     """Return `tensor` itself if its last dimension is contiguous, otherwise a contiguous copy."""
+    # A dimension of one entry may have any stride; pointers of kernels step by 1 in the last one.
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
@@ -181,6 +182,7 @@ def lengths_of(name: str, segments: int | Sequence[int] | Tensor | None, rows: i
         if segments <= 0 or rows % segments:
             raise KernelError(f"{name}={segments} rows per segment do not divide {rows} rows")
         return [segments] * (rows // segments)
+    # Lengths in a tensor on a GPU make the host wait; reducers pass lists.
     values = segments.tolist() if isinstance(segments, Tensor) else list(segments)
     lengths = [int(length) for length in values]
     if any(length < 0 for length in lengths) or sum(lengths) != rows:
@@ -225,6 +227,7 @@ def fake_choice(x: Tensor, counts: Sequence[int], *_: object) -> Tensor:
 
 def starts(lengths: Sequence[int]) -> list[int]:
     """Return the first row of every segment."""
+    # lengths 3 0 2 -> 0 3 3; with a further length 0 the end of the last one too: 0 3 3 5
     return [0, *itertools.accumulate(lengths)][:-1]
 
 

@@ -33,6 +33,7 @@ from torch.torch_version import TorchVersion
 
 MODES = ("auto", "naive", "triton")
 MIN_TRITON = (3, 3)  # the first release that accepts tuples as kernel arguments
+# Ampere, whose tensor cores are the first with products of bf16 and tf32.
 MIN_CAPABILITY = (8, 0)
 
 _log = logging.getLogger(__name__)
@@ -151,6 +152,7 @@ class Op:
     def __call__(self, *args: Any, trusted: bool = False) -> Any:
         """Run the op; the values of `trusted` arguments are not checked."""
         if torch.is_grad_enabled() and _any_requires_grad(args):
+            # Ops that move or average rows; choices of rows have no gradient.
             if self._differentiable:
                 return self.naive(*args)
             with torch.no_grad():
@@ -163,6 +165,7 @@ class Op:
             or type(x) is not Tensor
             or x.is_meta
         ):
+            # The custom op has no argument `trusted`; `exact` turns its checks off for this thread.
             if trusted and not torch.compiler.is_compiling():
                 with exact(x):
                     return self._custom_op(*args)
@@ -177,6 +180,7 @@ class Op:
             with torch.autocast(device, enabled=False):  # rounding could select other rows
                 return self._run(args, trusted)
         form = self.naive if which(x) == "naive" else self._triton
+        # A check reads a value on the host, which a captured CUDA graph cannot do.
         if (
             trusted
             or not (self._check or self._check_result)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from tokencomp.kernels.dispatch import interpreting
 
+# GPUs compute powers of 2: exp(x) is exp2(x · LOG2E).
 LOG2E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(interpreting())
 
@@ -48,6 +49,7 @@ def long_dot(
     chunk.
     """
     for chunk in range(0, DIM, CHUNK):
+        # Features after the last are 0 in both operands and add nothing.
         d = chunk + tl.arange(0, CHUNK)
         a = tl.load(
             a_rows[:, None] + d[None, :], mask=a_inside[:, None] & (d < DIM)[None, :], other=0.0

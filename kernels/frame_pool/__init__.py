@@ -57,6 +57,8 @@ def _fake(x: Tensor, heights: list[int], widths: list[int]) -> Tensor:
     return x.new_empty(tokens, x.shape[3])
 
 
+# 5 rows to 2 cells, floor(i · 5/2) … ceil((i + 1) · 5/2) - 1: rows 0-2 and 2-4, which share row 2.
+# 4 rows to 2 cells: rows 0-1 and 2-3, plain average pooling.
 def naive(x: Tensor, heights: list[int], widths: list[int]) -> Tensor:
     """Pool all frames that have the same output grid in one call.
 
@@ -68,6 +70,7 @@ def naive(x: Tensor, heights: list[int], widths: list[int]) -> Tensor:
     grids = [*zip(heights, widths, strict=True)]
     for grid in dict.fromkeys(grids):
         members = [frame for frame, other in enumerate(grids) if other == grid]
+        # (frames of this grid, h, w, D). Frames at full size are copied, so no bit changes.
         pooled = x[members] if grid == tuple(x.shape[1:3]) else _resize(x[members], grid)
         for frame, part in zip(members, pooled.flatten(1, 2).unbind(), strict=True):
             parts[frame] = part

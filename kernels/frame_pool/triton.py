@@ -26,6 +26,7 @@ def pool_kernel(
     i, j = cell // columns, cell % columns
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     x += frame.to(tl.int64) * stride_t
+    # First input row and column, and how many: integer forms of floor and ceil, free of rounding.
     y0 = i * height // rows
     x0 = j * width // columns
     high = ((i + 1) * height + rows - 1) // rows - y0
@@ -62,6 +63,7 @@ def cell_table(heights: tuple[int, ...], widths: tuple[int, ...], device: torch.
     The table is cached, because a model pools many videos of the same shape.
     """
     grid = torch.tensor([heights, widths], dtype=torch.int64).T
+    # Grids 1×2 and 1×1: frame 0 0 1, cell 0 1 0.
     count = grid.prod(1)
     frame = torch.arange(len(grid)).repeat_interleave(count)
     cell = torch.arange(len(frame)) - (count.cumsum(0) - count)[frame]

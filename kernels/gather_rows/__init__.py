@@ -101,6 +101,7 @@ def _check(tensors: list[Tensor], index: Tensor, seqs: list[int], batches: list[
                 f"and the sequence dimension ({seq}) must be another one"
             )
         rows.append(shape[seq])
+        # Rows of the result, which the kernel counts in 32 bits: samples, M and leading dimensions.
         written.append(index.numel() * math.prod(shape[:low] + shape[low + 1 : high]))
     checks.int32_sizes(rows=max(rows, default=0), rows_written=max(written, default=0))
     return min(rows, default=None)
@@ -134,6 +135,7 @@ def naive(
     the indices are below, serves their check.
     """
     padding = index < 0
+    # Padding rows read row 0 first, and are set to 0 after the copy.
     source = index.clamp(min=0)
     padded = bool(padding.any())
     out = []
@@ -143,6 +145,7 @@ def naive(
         if index.shape[0] == 1:
             rows = tensor.index_select(seq, source[0])
         else:
+            # An index of the full shape: for keys (B, H, N, D) it is (B, H, M, D), expanded.
             full = list(tensor.shape)
             full[seq], full[batch] = shape[seq], shape[batch]
             wide = list(tensor.shape)

@@ -24,6 +24,7 @@ def copy_tile(
     tensor with few rows then still fills its tiles.
     """
     tiles_across = (width + BLOCK_C - 1) // BLOCK_C
+    # Row of the range lead · samples · M, for example of (3, B, M) M-RoPE positions with 3 leads.
     row = tile // tiles_across * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tile % tiles_across * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = row < leads * samples * out_rows
@@ -35,6 +36,7 @@ def copy_tile(
     mask = inside[:, None] & (column < width)[None, :]
     begin = lead * strides[0] + sample * strides[1] + at * strides[2]
     present = mask & (at >= 0)[:, None]
+    # Padding rows are stored as the zeros of masked loads, without a second pass.
     value = tl.load(source + begin[:, None] + column[None, :], mask=present, other=0)
     begin_out = lead * out_strides[0] + sample * out_strides[1] + place * out_strides[2]
     tl.store(out + begin_out[:, None] + column[None, :], value, mask=mask)
@@ -50,6 +52,7 @@ def gather_kernel(
     All tensors of a layer share one launch, because small ones (masks, positions) would cost mostly
     the time of their own launch. The loop over tensors is unrolled, since their dtypes differ.
     """
+    # firsts 0 6 7 11: programs 0 to 5 copy the first tensor, 6 the second, 7 to 10 the third.
     program = tl.program_id(0)
     for t in tl.static_range(COUNT):
         if (program >= firsts[t]) & (program < firsts[t + 1]):
@@ -114,8 +117,10 @@ def prepare(tensor: Tensor, out: Tensor, seq: int, batch: int) -> list[Copy]:
         dims = (seq - (seq > first), batch - (batch > first))
         return [job for source, part in slices for job in prepare(source, part, *dims)]
     order = [*leads, batch, seq, *range(last + 1, tensor.dim())]
+    # A mask is copied as the bytes that it is stored in.
     if out.dtype == torch.bool:
         tensor, out = tensor.view(torch.uint8), out.view(torch.uint8)
+    # (lead, B, N, row): what lies after both dimensions is one contiguous row.
     source, target = tensor.permute(order), out.permute(order)
     if not leads:
         source, target = source[None], target[None]

@@ -49,6 +49,8 @@ def naive(x: Tensor, lengths: list[int]) -> Tensor:
 
 def _mean_distance(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The mean distance of one span, ``(1,)``."""
+    # Σ_ij (1 - u_i · u_j) / n² = 1 - |Σ_i u_i / n|²: no pair is computed.
+    # Unit vectors (1, 0), (0, 1): mean (.5, .5), distance 1 - .5, the mean of 0 1 1 0.
     total = x.new_zeros(x.shape[1], dtype=dtype)
     for part in x.split(max(1, BLOCK_ELEMENTS // max(1, x.shape[1]))):
         rows = part.to(dtype)

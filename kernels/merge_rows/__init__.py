@@ -122,6 +122,9 @@ def naive(
     search of the Triton form only.
     """
     count = len(keep)
+    # 5 rows, keep 1 and 3, target 1 1 3 3 -1:
+    #     slot of rows, and of -1      -1  0 -1  1 -1 | -1
+    #     slot of targets               0  0  1  1 -1        row 4 is dropped
     slot = torch.full((len(x) + 1,), -1, dtype=torch.int64, device=x.device)
     slot[keep] = torch.arange(count, device=x.device)
     slot = slot[target]  # a target of -1 reads the extra last entry, which means dropped
@@ -134,6 +137,7 @@ def naive(
     total = x.new_zeros(count, dtype=dtype).index_add(0, slot, weight)
     merged = x.new_zeros(count, x.shape[1], dtype=dtype)
     merged = merged.index_add(0, slot, x[members].to(dtype) * weight[:, None]) / total[:, None]
+    # Plain means still count all tokens that they represent.
     new_sizes = total if weighted else total.new_zeros(count).index_add(0, slot, size)
     return merged.to(x.dtype), new_sizes
 

@@ -41,6 +41,7 @@ def merge_kernel(
         waiting = tl.where(inside & (into == kept), place, NONE)
         members = tl.sum((waiting != NONE).to(tl.int32), axis=0)
     else:
+        # Members are rows order[begin:end], ascending, as the sort of targets is stable.
         begin = tl.load(begins + slot)
         members = tl.load(ends + slot) - begin
         waiting = tl.zeros([BLOCK_S], tl.int32)
@@ -48,6 +49,7 @@ def merge_kernel(
     total = tl.zeros([BLOCK_D], tl.float32)
     weights = 0.0
     size = 0.0
+    # One member after the other: a fixed order of additions, in fp32.
     for number in range(members):
         if SCAN:
             row = tl.min(waiting, axis=0)
@@ -91,6 +93,7 @@ def merge_rows(
     if scan:
         begins, ends = bounds(tuple(lengths), x.device)
     else:
+        # Dropped rows (-1) come first and are in no range.
         ordered, order = torch.sort(target, stable=True)
         begins = torch.searchsorted(ordered, keep, out_int32=True)
         ends = torch.searchsorted(ordered, keep, right=True, out_int32=True)

@@ -13,6 +13,8 @@ def nearest_kernel(x, similarity, tokens, area, dim, BLOCK_T: tl.constexpr, BLOC
 
     The norms are computed from the same loads as the products.
     """
+    # Frames follow one another, so the same place of the previous frame is `area` rows earlier.
+    # The first `area` tokens have none: they load nothing and store -inf.
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     valid = (token < tokens) & (token >= area)
     own_row = x + token.to(tl.int64) * dim
