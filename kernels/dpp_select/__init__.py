@@ -97,8 +97,9 @@ def _greedy(unit: Tensor, r: Tensor, count: int) -> Tensor:
     chosen = torch.empty(spans, count, dtype=torch.int64, device=unit.device)
     taken = torch.zeros_like(r, dtype=torch.bool)
     for i in range(count):
-        # Directions that are used up rank below all others, by relevance.
-        score = torch.where(gain > least, gain, r - 2.0).masked_fill(taken, -torch.inf)
+        # Directions that are used up rank below all others, whose gains are positive: -1 / r is
+        # negative for every r > 0, and grows with r.
+        score = torch.where(gain > least, gain, -1.0 / r).masked_fill(taken, -torch.inf)
         best = score.argmax(1, keepdim=True)
         chosen[:, i] = best[:, 0]
         taken.scatter_(1, best, True)

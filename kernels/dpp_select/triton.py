@@ -44,13 +44,13 @@ def cholesky_kernel(
     # The mask of loads reaches up to the pitch: in units of 16 it lets them be wide.
     held = row < pitch
     # All rows of the span are in registers (at most MAX_ROWS): relevance, gain and `free`.
-    r = tl.load(relevance + start + row, mask=row < rows, other=0.0)
+    r = tl.load(relevance + start + row, mask=row < rows, other=1.0)
     gain = r * r
     least = LEAST * gain
     free = row < rows
     for step in range(count):
-        # Directions that are used up rank below all others, by relevance.
-        score = tl.where(gain > least, gain, r - 2.0)
+        # Directions that are used up rank below all others, by relevance: -1 / r is negative.
+        score = tl.where(gain > least, gain, -1.0 / r)
         best = tl.argmax(tl.where(free, score, -float("inf")), axis=0, tie_break_left=True)
         tl.store(picks + begin + step, (start + best).to(tl.int64))
         own = tl.load(relevance + start + best)

@@ -130,6 +130,18 @@ def test_directions_that_are_used_up_go_by_relevance(place: torch.device) -> Non
     assert dpp_select(unit, 7, r).tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("scale", [1e-9, 8.0], ids=str)
+def test_copies_come_last_whatever_the_relevance(place: torch.device, scale: float) -> None:
+    """Rows are copies of three directions: the best one of each comes first, then the others."""
+    axes, r = torch.randint(3, (20,)), (torch.randperm(20) + 1) * (scale / 20)
+    ranked = sorted(range(20), key=lambda i: -float(r[i]))
+    first = [i for n, i in enumerate(ranked) if axes[i] not in axes[ranked[:n]]]
+    order = first + [i for i in ranked if i not in first]
+    unit = torch.eye(3)[axes].to(place)
+    for k in range(1, 21):
+        assert dpp_select(unit, k, r.to(place)).tolist() == sorted(order[:k])
+
+
 def test_ties_go_to_the_lower_row(place: torch.device) -> None:
     """Copies of three directions with equal relevance: one of each, then the first copies."""
     unit = torch.eye(3)[[2, 2, 0, 0, 1, 1, 2]].to(place)
