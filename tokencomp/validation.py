@@ -97,12 +97,6 @@ def check_choice(owner: str, option: str, value: Any, allowed: tuple[Any, ...]) 
         raise OptionError(f"{owner}: {option}={value!r}; allowed: {', '.join(map(repr, allowed))}.")
 
 
-def check_range(owner: str, option: str, value: Any, low: float, high: float) -> None:
-    """Raise `OptionError` unless low ≤ value ≤ high."""
-    if not low <= value <= high:
-        raise OptionError(f"{owner}: {option}={value!r}; allowed: a number from {low} to {high}.")
-
-
 def between(low: float, high: float) -> dict[str, Any]:
     """Metadata of a dataclass field that takes numbers from low to high, see `check_ranges`."""
     return {"range": (low, high)}
@@ -111,5 +105,10 @@ def between(low: float, high: float) -> dict[str, Any]:
 def check_ranges(owner: str, options: Any) -> None:
     """Raise `OptionError` unless the fields of `options` are in the ranges of their metadata."""
     for field in dataclasses.fields(options):
-        if "range" in field.metadata:
-            check_range(owner, field.name, getattr(options, field.name), *field.metadata["range"])
+        if "range" not in field.metadata:
+            continue
+        (low, high), value = field.metadata["range"], getattr(options, field.name)
+        if not low <= value <= high:
+            raise OptionError(
+                f"{owner}: {field.name}={value!r}; allowed: a number from {low} to {high}."
+            )
