@@ -272,8 +272,9 @@ def causal_powers(
             matrix.masked_fill_(empty[:, None, :, None], 0.0)
         # Columns from `first` on belong to this block of rows, earlier ones to blocks that follow
         # in the walk. Columns of the block need the powers in order, as each step reads the last;
-        # the earlier columns take all steps in one product.
-        first = max(rows.start - columns.start, 0)
+        # the earlier columns take all steps in one product. All columns are earlier ones where the
+        # rows see no key of their block.
+        first = min(max(rows.start - columns.start, 0), matrix.shape[-1])
         own = slice(columns.start + first, columns.stop)
         for step in range(steps):
             spread = powers[step][:, :, None, rows] @ matrix[..., first:]

@@ -187,6 +187,22 @@ def test_repeated_application(
     check(got, want)
 
 
+def test_repeated_application_where_rows_see_only_earlier_keys(place: torch.device) -> None:
+    """Rows of later blocks see ten keys of the first block, or keys up to the middle of theirs."""
+    q, k = inputs((2, 1, 2, 130, 130, 16))
+    index, end = torch.arange(130).expand(2, -1), torch.tensor([10, 70])
+    start = torch.zeros(2, dtype=torch.int64)
+    dense = matrix(q, k, causal_mask(index, 130, start, end), 0.25)
+    weights = torch.rand(130)
+    want = (weights.double() @ dense)[:, :, None] @ dense
+    for samples in (slice(0, 1), slice(0, 2)):
+        got = attention_colsum(
+            q[samples].to(place), k[samples].to(place), weights.to(place), heads="none",
+            iterations=2, visible=visible_rows(index, start, end)[:, samples].to(place),
+        )  # fmt: skip
+        check(got, want[samples, :, 0])
+
+
 def test_repeated_application_over_ragged_sequences(place: torch.device) -> None:
     """Sequences of odd lengths in one packed batch, each as if it were alone."""
     lengths = [3, 0, 70, 1, 17]
