@@ -107,6 +107,10 @@ QUICK: list[Setup] = [
     dpp("16 spans x 576 tokens x 3584, a quarter kept", 16, 576, 3584, 0.25),
     facility("16 spans x 576 tokens x 3584, a quarter kept", 16, 576, 3584, 0.25),
     topk_spans("16 spans of 576 and 729 scores", [576, 729] * 8),
+    # Triton compiles an integer argument of 1 as a constant: one place per frame, one row.
+    nearest("4 frames x 1 x 1 x 64, same place", 4, 1, 64),
+    colsum("1 row x 8k keys, 1/1 heads of 64", 1, 8192, 1, 1, 64),
+    ccam("1 query x 32 frames of 256, 1 head of 64", 1, 32, 256, 1, 64),
 ]
 
 
@@ -277,7 +281,7 @@ def _bits(load: str) -> int:
 
 OPTIONS = {
     "targets": (list(TARGETS), "", TARGETS),
-    "quick": (False, "one configuration per kernel, bf16"),
+    "quick": (False, "a few configurations, bf16"),
     "ops": (list(OPS), "compile only these", OPS),
 }
 EXPERIMENT = Experiment("kernels/aot", measure, page, options=OPTIONS)

@@ -122,12 +122,14 @@ def combine_kernel(partial, out, count, SPLITS: tl.constexpr, BLOCK: tl.constexp
     inside = place < count
     top = tl.full([BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for split in range(SPLITS):
-        value = tl.load(partial + split * count.to(tl.int64) + place, mask=inside, other=0.0)
+    at = place
+    for _ in range(SPLITS):
+        value = tl.load(partial + at, mask=inside, other=0.0)
         new_top = tl.maximum(top, value)
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
         total = total * tl.exp2((top - shift) * LOG2E) + tl.exp2((value - shift) * LOG2E)
         top = new_top
+        at += count
     tl.store(out + place, log_sum(top, total), mask=inside)
 
 

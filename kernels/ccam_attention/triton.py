@@ -103,20 +103,21 @@ def combine_kernel(
     inside = row < rows
     mask = inside[:, None] & (d < DIM)[None, :]
     top = tl.full([BLOCK], -float("inf"), tl.float32)
-    for split in range(SPLITS):
-        top = tl.maximum(
-            top, tl.load(lse + split * rows.to(tl.int64) + row, mask=inside, other=0.0)
-        )
+    at = row
+    for _ in range(SPLITS):
+        top = tl.maximum(top, tl.load(lse + at, mask=inside, other=0.0))
+        at += rows
     # Two splits with LSE 2 and 1: weights 1 and e^-1, hence shares .73 and .27 of their results.
     top = tl.where(top == -float("inf"), 0.0, top)
     total = tl.zeros([BLOCK], tl.float32)
     result = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    for split in range(SPLITS):
-        at = split * rows.to(tl.int64) + row
+    at = row
+    for _ in range(SPLITS):
         weight = tl.exp2((tl.load(lse + at, mask=inside, other=0.0) - top) * LOG2E)
         value = tl.load(partial + at[:, None] * DIM + d[None, :], mask=mask, other=0.0)
         result += value * weight[:, None]
         total += weight
+        at += rows
     result = tl.where(
         (total != 0.0)[:, None], result / tl.where(total != 0.0, total, 1.0)[:, None], 0.0
     )

@@ -18,7 +18,7 @@ def nearest_kernel(x, similarity, tokens, area, dim, BLOCK_T: tl.constexpr, BLOC
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     valid = (token < tokens) & (token >= area)
     own_row = x + token.to(tl.int64) * dim
-    other_row = own_row - area.to(tl.int64) * dim
+    other_row = x + (token.to(tl.int64) - area) * dim
     d = tl.arange(0, BLOCK_D)
     dots = tl.zeros([BLOCK_T], tl.float32)
     square = tl.zeros([BLOCK_T], tl.float32)
