@@ -142,6 +142,9 @@ def naive(
     for tensor, seq, batch in zip(tensors, seqs, batches, strict=True):
         shape = [1] * tensor.dim()
         shape[seq], shape[batch] = index.shape[1], index.shape[0]
+        if not tensor.shape[seq]:
+            # The sum over no rows is a row of zeros, which the padding rows can read.
+            tensor = tensor.sum(seq, keepdim=True, dtype=tensor.dtype)
         if index.shape[0] == 1:
             rows = tensor.index_select(seq, source[0])
         else:

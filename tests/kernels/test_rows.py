@@ -64,6 +64,18 @@ def test_matches_copies(
         assert torch.equal(out.cpu(), by_hand(tensor, index, s, b))
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_tensors_without_rows_give_padding(place: torch.device, batch: int) -> None:
+    """Their only valid index is -1; tensors with rows are gathered in the same call."""
+    tensors, seq, batches = layer(batch, 0, torch.float32)
+    tensors, seq, batches = [*tensors, torch.randn(batch, 3, 8)], [*seq, 1], [*batches, 0]
+    index = torch.full((batch, 2), -1)
+    got = gather_rows([t.to(place) for t in tensors], index.to(place), seq, batches)
+    for tensor, out, s, b in zip(tensors, got, seq, batches, strict=True):
+        assert out.dtype == tensor.dtype
+        assert torch.equal(out.cpu(), by_hand(tensor, index, s, b))
+
+
 def random_merge(lengths: list[int], kept: float = 0.4) -> tuple[Tensor, Tensor]:
     """Draw kept rows and targets within every segment; a tenth of the other rows is dropped."""
     target, keep, start = [], [], 0
