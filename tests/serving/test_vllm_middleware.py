@@ -24,8 +24,8 @@ from tokencomp.serving.limits import Limits, RequestError
 from tokencomp.serving.saved import Saved
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import request_checks, roles
-from tokencomp.serving.vllm.handed import MOST, hand_on, handed
 from tokencomp.serving.vllm.middleware import UNREADABLE, VllmGuard
+from tokencomp.serving.vllm.rules import MOST, hand_on, handed
 
 KEY = ("authorization", "Bearer secret")
 

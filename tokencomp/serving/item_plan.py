@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from tokencomp import __version__
@@ -34,7 +35,7 @@ def field_name(modality: str) -> str:
 
 
 def config_facts(config: Any, folder: str) -> ModelFacts:
-    """Model facts for a front end, which has no weights: all but the fingerprint."""
+    """Facts without the fingerprint, as a front end has no weights."""
     text = config.get_text_config()
     return ModelFacts(False, config.model_type, text.num_hidden_layers, text.hidden_size, folder)
 
@@ -45,15 +46,15 @@ def cache_key(spec: Method, facts: ModelFacts | None = None) -> dict[str, Any]:
     return {**spec.describe(), "version": __version__, "weights": _weights_of(bound)}
 
 
-def _weights_of(reducer: Reducer) -> str:
-    """Hash of the weights of a bound reducer, "" if it has none."""
-    options = options_of(reducer).items()
+def _weights_of(bound: Reducer) -> str:
+    """Hash of the trained weights, or ""."""
+    options = options_of(bound).items()
     files = [v for k, v in options if v and k.rpartition(".")[2] in OPERATOR_OPTIONS]
     return " ".join(content_hash(Path(file)) for file in files)
 
 
 def item_span(modality: Any, grid: Grid, special: Iterable[int] = ()) -> VisualSpan:
-    """A span of an item: its (t, h, w) after the projector, and offsets of special tokens."""
+    """A span of an item: `grid` (t, h, w) after the projector, offsets of special tokens."""
     offsets = tuple(special)
     return VisualSpan(0, math.prod(grid) + len(offsets), grid, modality, offsets, item=0)
 
@@ -135,19 +136,12 @@ class ItemPlan:
 
     @property
     def kept(self) -> int:
-        """Number of kept tokens."""
         return sum(self.keep)
 
     @property
     def size(self) -> ItemSize:
-        """What the front end stores of the item."""
         merged = self.merge and self.kept < self.entering
         return ItemSize(self.full, self.kept, self.extent, merged)
-
-    @property
-    def counted(self) -> list[tuple[VisualSpan, int]]:
-        """Spans with their keep counts."""
-        return list(zip(self.spans, self.keep, strict=True))
 
     @cached_property
     def stage(self) -> Stage:
@@ -157,7 +151,6 @@ class ItemPlan:
 
     @property
     def merge(self) -> bool:
-        """Whether dropped tokens are merged."""
         return self.stage.merges(self.modality, self.fraction)
 
     @cached_property
@@ -179,27 +172,18 @@ class ItemPlan:
 
     def to_tensor(self) -> Tensor:
         """The plan as bytes of JSON: a uint8 tensor that every transport carries unchanged."""
-        spans = [[s.grid, s.special] for s in self.spans]
-        reducer = [self.reducer, self.options, self.extent, self.tower, self.weights]
-        stage = [self.fraction, self.stage_options]
-        plan = [self.modality, spans, self.keep, *reducer, *stage, self.cells]
-        return torch.frombuffer(bytearray(json.dumps(plan).encode()), dtype=torch.uint8)
+        return torch.frombuffer(bytearray(JSON.dump_json(self)), dtype=torch.uint8)
 
     @classmethod
     def from_tensor(cls, data: Tensor) -> ItemPlan:
         """Inverse of `to_tensor`."""
-        modality, spans, keep, *middle, cells = json.loads(bytes(data.tolist()).decode())
-        reducer, options, extent, tower, weights, fraction, on = middle
-        items = tuple(item_span(modality, tuple(grid), special) for grid, special in spans)
-        tower = tuple(tower) if tower else None
-        cells = None if cells is None else tuple(cells)
-        return cls(
-            items, tuple(keep), reducer, options, extent, tower, weights, fraction, on, cells
-        )
+        return JSON.validate_json(bytes(data.tolist()))
+
+
+JSON = TypeAdapter(ItemPlan)
 
 
 def _described(reducer: Reducer) -> tuple[str, str]:
-    """Registry name, and options as JSON."""
     return reducer.name, json.dumps(options_of(reducer), sort_keys=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -11,7 +12,11 @@ import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
+
+import yaml  # type: ignore[import-untyped]  # it ships no types
 
 from tokencomp.errors import MissingDependencyError, OptionError, UnsupportedModelError, install
 from tokencomp.serving import ENV_OPTIONS, ENV_RULES, KEY
@@ -19,13 +24,16 @@ from tokencomp.serving.bind import Bind
 from tokencomp.serving.limits import Limits
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import LOADER
-from tokencomp.serving.vllm.flags import check_flags, given_flags, sets, written
 from tokencomp.serving.vllm.process import ENV_METRICS, METRICS
 from tokencomp.serving.vllm.roles import ROLE_FLAGS, router_networks
 from tokencomp.serving.vllm.rules import Rules
 
 logger = logging.getLogger("tokencomp.serving")
 OVERRIDES = "--hf-overrides"
+OWN = ("--host", "--api-key", "--allowed-local-media-path")
+"""Flags that tokencomp must read itself, because its rules follow from them."""
+SERVERS = ("--grpc", "--grpc-port")
+"""Flags of further servers of vLLM, whose requests do not pass its middleware."""
 
 MAX_REQUESTS = 1024 + 256  # that run, which is vLLM's largest default, and that wait
 
@@ -162,7 +170,8 @@ def _video_arguments(limits: Limits, flags: Sequence[str], extra: Sequence[str])
 
 def _takes_frames(extra: Sequence[str]) -> bool:
     """Whether an operator who sets `--media-io-kwargs` names our loader of videos there."""
-    return re.search(rf"video_backend\W+{LOADER}\b", written(extra)) is not None
+    written = " ".join([*extra, *_configs(extra)])
+    return re.search(rf"video_backend\W+{LOADER}\b", written) is not None
 
 
 def _entry(model: str) -> list[str]:
@@ -172,6 +181,53 @@ def _entry(model: str) -> list[str]:
     except importlib.metadata.PackageNotFoundError:
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
+
+
+# -- arguments after `--`, which are for `vllm serve` ----------------------------------------------
+
+
+def check_flags(flags: Sequence[str]) -> None:
+    """Raise `OptionError` for flags that vLLM would take past the rules of this server."""
+    for flag in OWN:
+        if sets(flags, flag):
+            own = flag.replace("local-", "")
+            raise OptionError(f"{flag} after `--`: put {own} before it, where tokencomp sees it.")
+    for flag in SERVERS:
+        if sets(flags, flag):
+            raise OptionError(
+                f"{flag}: the key and the limits of tokencomp hold for HTTP alone. Leave it out, "
+                "or run `vllm serve` itself."
+            )
+
+
+def given_flags(arguments: Sequence[str]) -> list[str]:
+    """Names of the flags as vLLM reads them: with `-` for `_`, and those in files of `--config`."""
+    names = [argument for argument in arguments if argument.startswith("--")]
+    for text in _configs(arguments):
+        try:
+            content = yaml.safe_load(text)
+        except (ValueError, yaml.YAMLError):
+            continue  # vLLM cannot read it either; its error says why
+        pairs = content.items() if isinstance(content, dict) else ()
+        # vLLM makes no flags of false and of empty lists.
+        names += [f"--{key}" for key, value in pairs if value is not False and value != []]
+    return [re.split(r"[=.]", name, maxsplit=1)[0].replace("_", "-") for name in names]
+
+
+def _configs(arguments: Sequence[str]) -> list[str]:
+    """Contents of the files of `--config`."""
+    texts = []
+    for argument, value in zip_longest(arguments, arguments[1:], fillvalue=""):
+        name, _, path = argument.partition("=")
+        if name == "--config":
+            with contextlib.suppress(OSError, ValueError):
+                texts.append(Path(path or value).read_text(encoding="utf-8"))
+    return texts
+
+
+def sets(flags: Sequence[str], flag: str) -> bool:
+    """Whether a flag is among those given, of which argparse takes the beginnings."""
+    return any(flag.startswith(name) for name in flags if len(name) > 2)
 
 
 def check_architecture(model: str, options: ServerOptions) -> bool:

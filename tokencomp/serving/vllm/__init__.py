@@ -38,13 +38,6 @@ MODELS = {
     "Qwen3VLForConditionalGeneration": "qwen3_vl",
     "Qwen3VLMoeForConditionalGeneration": "qwen3_vl",
 }
-# Modules whose families have no stage in the vision tower, and why.
-_DENSE = "its vision tower takes batches of pictures, and this plugin shortens packed towers only"
-NO_TOWER_STAGE = {
-    "glm4v": "which patches of its vision tower a visual token reads has not been checked",
-    "internvl": _DENSE,
-    "llava_onevision": _DENSE,
-}
 # Architectures that cannot merge with weights, and why.
 _HYBRID = (
     "its layers of linear attention have no keys, and share pages of the cache with wider heads"
@@ -56,18 +49,13 @@ NO_MERGING = {
 STOCK: dict[str, Any] = {}  # what vLLM's registry had for these architectures
 
 
-def enabled() -> bool:
-    """Whether the plugin is active, which `TOKENCOMP_VLLM=off` in the environment prevents."""
-    return os.environ.get(ENV_OFF, "").lower() not in ("off", "0", "false", "no")
-
-
 def register() -> None:
     """Put the classes of `entry` and `frames` into vLLM's registries. Repeated calls are harmless.
 
     The names of the classes contain vLLM's version, because vLLM stores what it learns about a
     class under its name and the hash of our file, and an update of vLLM changes neither.
     """
-    if not enabled():
+    if os.environ.get(ENV_OFF, "").lower() in ("off", "0", "false", "no"):
         return
     if ENV_RULES in os.environ:  # a process of `tokencomp serve`
         process.end_with_parent()

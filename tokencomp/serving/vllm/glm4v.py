@@ -15,14 +15,14 @@ from torch import Tensor
 
 from tokencomp.serving.item_plan import ItemPlan, field_name, item_span
 from tokencomp.serving.offsets import grid_offsets
-from tokencomp.serving.vllm import NO_TOWER_STAGE, mrope
+from tokencomp.serving.vllm import mrope
 from tokencomp.tokens.tokens import VisualSpan
 
 
 class Glm4vProcessor(mrope.MRopeProcessor):
     """Frames as spans."""
 
-    no_tower_stage = NO_TOWER_STAGE["glm4v"]
+    no_tower_stage = "which patches of its vision tower a visual token reads has not been checked"
 
     def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[VisualSpan]]:
         whole = super().layouts(modality, items, hf_inputs)
@@ -30,7 +30,7 @@ class Glm4vProcessor(mrope.MRopeProcessor):
         return [[item_span(modality, (1, h, w))] * t for t, h, w in grids]
 
     def extents(self, modality: str, layouts: Any, hf_inputs: Any) -> list[int]:
-        """Return t · max(h, w) per item; text between frames adds its own positions."""
+        """t · max(h, w) per item; text between frames adds its own positions."""
         return [len(spans) * max(spans[0].grid) for spans in layouts]
 
 

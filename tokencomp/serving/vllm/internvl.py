@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokencomp.serving.item_plan import item_span
-from tokencomp.serving.vllm import NO_TOWER_STAGE
 from tokencomp.serving.vllm.model import CompressingModel
-from tokencomp.serving.vllm.processing import CompressingProcessor
+from tokencomp.serving.vllm.processing import DENSE_TOWER, CompressingProcessor
 from tokencomp.tokens.tokens import VisualSpan
 
 
@@ -21,7 +20,7 @@ class InternVLProcessor(CompressingProcessor):
     Text between frames, such as "Frame1: ", stays.
     """
 
-    no_tower_stage = NO_TOWER_STAGE["internvl"]
+    no_tower_stage = DENSE_TOWER
 
     def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[VisualSpan]]:
         side = round(self.info.get_hf_processor().image_seq_length ** 0.5)

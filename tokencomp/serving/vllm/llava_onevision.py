@@ -7,16 +7,15 @@ from typing import Any
 from vllm.model_executor.models.llava_onevision import get_anyres_image_grid_shape
 
 from tokencomp.serving.item_plan import item_span
-from tokencomp.serving.vllm import NO_TOWER_STAGE
 from tokencomp.serving.vllm.model import CompressingModel
-from tokencomp.serving.vllm.processing import CompressingProcessor
+from tokencomp.serving.vllm.processing import DENSE_TOWER, CompressingProcessor
 from tokencomp.tokens.tokens import VisualSpan
 
 
 class LlavaOnevisionProcessor(CompressingProcessor):
     """An image: base tile, and mosaic with line breaks; a video: a grid, and one at its end."""
 
-    no_tower_stage = NO_TOWER_STAGE["llava_onevision"]
+    no_tower_stage = DENSE_TOWER
 
     def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[VisualSpan]]:
         if modality == "image":
@@ -26,7 +25,7 @@ class LlavaOnevisionProcessor(CompressingProcessor):
         ]
 
     def _image(self, size: Any) -> list[VisualSpan]:
-        """Return base tile and mosaic of an image, whose grid follows from vLLM's own counts."""
+        """Base tile and mosaic, whose grid follows from vLLM's counts."""
         encoder = self.info.get_vision_encoder_info()
         side = encoder.get_patch_grid_length()
         rows, columns = get_anyres_image_grid_shape(
@@ -49,16 +48,11 @@ class LlavaOnevisionProcessor(CompressingProcessor):
         ]
 
     def _video(self, size: Any, frames: int) -> list[VisualSpan]:
-        """Return the grid of a video, whose frames are square."""
         per_frame = self.info._get_num_frame_tokens(
             image_width=size.width, image_height=size.height
         )
-        side = round(per_frame**0.5)
+        side = round(per_frame**0.5)  # frames are square
         return [item_span("video", (frames, side, side), [frames * side * side])]
 
 
-class LlavaOnevisionModel(CompressingModel):
-    """Reduces the rows of LLaVA-OneVision; positions need no work."""
-
-
-MIXINS = {"Model": LlavaOnevisionModel, "Processor": LlavaOnevisionProcessor}
+MIXINS = {"Model": CompressingModel, "Processor": LlavaOnevisionProcessor}

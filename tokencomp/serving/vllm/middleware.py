@@ -3,7 +3,7 @@
 vLLM itself asks for its key only below some paths, and reads bodies of any size for any time. So
 only the documented paths pass, all of them but those of probes need the key, and bodies have the
 limits of the transformers server. `request_checks` decides which bodies vLLM may see, and resolves
-the method of a request, which `handed` gives to the processor. To media that vLLM cannot process
+the method of a request, which `rules` gives to the processor. To media that vLLM cannot process
 although they passed, the answer is 400, where vLLM would answer 500. The usage of an answer and the
 log say what compression saved.
 """
@@ -41,9 +41,8 @@ from tokencomp.serving.room import MediaRoom
 from tokencomp.serving.saved import Saved, process_metrics
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import process, roles
-from tokencomp.serving.vllm.handed import hand_on
 from tokencomp.serving.vllm.request_checks import check_body
-from tokencomp.serving.vllm.rules import Rules
+from tokencomp.serving.vllm.rules import Rules, hand_on
 
 logger = logging.getLogger("vllm.tokencomp")
 

@@ -31,14 +31,17 @@ from tokencomp.serving.saved import process_metrics
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import PIXELS
 from tokencomp.serving.vllm.entry import configured_options
-from tokencomp.serving.vllm.handed import handed
 from tokencomp.serving.vllm.metrics import item_sizes, saved_by
 from tokencomp.serving.vllm.repeats import Compared, KeptPixels, chained, compares, item_cells
 from tokencomp.serving.vllm.roles import ALL, ENCODE
+from tokencomp.serving.vllm.rules import handed
 from tokencomp.tokens.tokens import LastKept, VisualSpan
 
 logger = init_logger("vllm.tokencomp")
 MODALITIES = ("image", "video")
+DENSE_TOWER = (
+    "its vision tower takes batches of pictures, and this plugin shortens packed towers only"
+)
 OFF = Method()
 REMEMBERED = 16384  # sizes of media that may come from a cache
 
@@ -110,8 +113,8 @@ class CompressingProcessor:
             raise RuntimeError(
                 f"{plan.modality}: the engine expects {sum(media)} tokens, the plan {plan.full}"
             )
-        kept = ([i < keep for i in range(span.length)] for span, keep in plan.counted)
-        stays = iter([stay for span in kept for stay in span])
+        spans = zip(plan.spans, plan.keep, strict=True)
+        stays = iter([i < keep for span, keep in spans for i in range(span.length)])
         ids = [
             token for token, is_media in zip(ids, media, strict=True) if not is_media or next(stays)
         ]

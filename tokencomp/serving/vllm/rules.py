@@ -1,15 +1,25 @@
-"""What the operator of a server allows, passed to the processes of vLLM."""
+"""What is passed on to vLLM: the operator's rules, and the methods of requests.
+
+`Rules` reach the processes of vLLM through the environment. Methods go from the middleware to the
+processor in the same process: the middleware resolves the options of a request, and writes the
+whole method where the processor reads options. The processor finds the method by that text.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
+from pydantic import TypeAdapter
+
+from tokencomp.method import Method
 from tokencomp.serving import ENV_RULES
 from tokencomp.serving.bind import Bind
 from tokencomp.serving.limits import Limits
+
+MOST = 4096  # methods, more than requests that run or wait
+_methods: dict[str, Method] = {}
 
 
 @dataclass(frozen=True)
@@ -32,17 +42,28 @@ class Rules:
     routers: tuple[str, ...] = ()
 
     def as_json(self) -> str:
-        """Return the value of the environment variable, without the key, which vLLM has too."""
-        return json.dumps(asdict(replace(self, bind=replace(self.bind, api_key=None))), default=str)
+        """The value of the environment variable, without the key, which vLLM has too."""
+        return JSON.dump_json(replace(self, bind=replace(self.bind, api_key=None))).decode()
 
     @classmethod
     def from_environment(cls) -> Rules:
-        """Return the rules of this process; without the variable, the strictest for any host."""
-        values = json.loads(os.environ.get(ENV_RULES) or "{}")
-        bind, limits = values.pop("bind", {"host": ""}), values.pop("limits", {})
-        bind["api_key"] = os.environ.get("VLLM_API_KEY") or None
-        if path := limits.get("allowed_path"):
-            limits["allowed_path"] = Path(path)
-        for name in ("paths", "routers"):
-            values[name] = tuple(values.get(name, ()))
-        return cls(Bind(**bind), Limits(**limits), **values)
+        """The rules of this process; without the variable, the strictest for any host."""
+        rules = JSON.validate_json(os.environ.get(ENV_RULES) or "{}")
+        return replace(rules, bind=replace(rules.bind, api_key=os.environ.get("VLLM_API_KEY")))
+
+
+JSON = TypeAdapter(Rules)
+
+
+def hand_on(method: Method) -> None:
+    """Remember the method of a request. Called in one thread, `handed` in any."""
+    text = json.dumps(method.plain, sort_keys=True)
+    _methods.pop(text, None)
+    _methods[text] = method
+    while len(_methods) > MOST:
+        del _methods[next(iter(_methods))]
+
+
+def handed(text: str) -> Method | None:
+    """The method of a request with these options, as JSON with sorted keys; None: resolve them."""
+    return _methods.get(text)
