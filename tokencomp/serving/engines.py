@@ -13,21 +13,11 @@ from tokencomp.plan.options import OPTIONS
 
 @dataclass(frozen=True)
 class Feature:
-    """A part of a method that some engines cannot run.
+    """A part of a method that some engines cannot run."""
 
-    Attributes
-    ----------
-    words
-        Its name in the documentation.
-    asked
-        Returns how a method asks for it, for the message; "" if it does not.
-    fix
-        What to do instead.
-    """
-
-    words: str
-    asked: Callable[[Method], str]
-    fix: str
+    words: str  # its name in the documentation
+    asked: Callable[[Method], str]  # how a method asks for it, for the message; "" if it does not
+    fix: str  # what to do instead
 
 
 def _weights(method: Method) -> str:
@@ -63,29 +53,16 @@ FEATURES = {
 
 @dataclass(frozen=True)
 class Capability:
-    """What an engine can do.
-
-    Attributes
-    ----------
-    name
-        Of the engine, for messages.
-    refused
-        By feature (`FEATURES`): why the engine cannot run it.
-    every_reducer
-        Whether it runs all reducers. Others run those whose choice depends on the item only.
-    """
+    """What an engine can do; `name` is for messages."""
 
     name: str
-    refused: dict[str, str]
-    every_reducer: bool = False
+    refused: dict[str, str]  # by feature (`FEATURES`): why the engine cannot run it
+    every_reducer: bool = False  # else only reducers whose choice depends on the item alone
 
     def fit(self, method: Method) -> Method:
         """The method as the engine runs it: merge="auto" drops where rows cannot have weights.
 
-        Raises
-        ------
-        OptionError, PlanError
-            The method asks for what the engine cannot run.
+        Raises `OptionError` or `PlanError` if it asks for what the engine cannot run.
         """
         if "weights" in self.refused:
             off = {n: OPTIONS[n].off for n, v in method.options_in_force.items()
@@ -96,16 +73,13 @@ class Capability:
                 other = " Or serve with `--engine hf`." if self.name not in ("hf", "MLX") else ""
                 raise OptionError(f"{asked}: {why}. {FEATURES[name].fix}{other}")
         if not self.every_reducer and method.names_reducer:
-            self._check_reducers(method)
+            from tokencomp.serving.servable import check_servable
+
+            check_servable(method.repeats.later if method.repeats else method.built_reducer)
+            if method.tower_stage is not None:
+                check_servable(method.built_tower_reducer)
+                method.stages(num_layers=1, first_layer_stage=1)  # raises if they do not fit
         return method
-
-    def _check_reducers(self, method: Method) -> None:
-        from tokencomp.serving.servable import check_servable
-
-        check_servable(method.repeats.later if method.repeats else method.built_reducer)
-        if method.tower_stage is not None:
-            check_servable(method.built_tower_reducer)
-            method.stages(num_layers=1, first_layer_stage=1)  # raises if they do not fit together
 
 
 BY_ITEM = "servers treat every image and clip by itself, so that caches stay valid"

@@ -40,14 +40,7 @@ def route(scope: Scope) -> str:
 
 
 def is_open(scope: Scope) -> bool:
-    """Whether a path needs no key: health checks and metrics."""
     return route(scope) in OPEN_PATHS and scope["method"] in ("GET", "HEAD")
-
-
-def _is_preflight(scope: Scope, headers: Headers) -> bool:
-    """Whether it is a CORS preflight request of a browser, which has no key."""
-    asks = "origin" in headers and "access-control-request-method" in headers
-    return scope["method"] == "OPTIONS" and asks
 
 
 def check_head(scope: Scope, bind: Bind) -> None:
@@ -62,7 +55,9 @@ def check_head(scope: Scope, bind: Bind) -> None:
     # A proxy may believe the other header, and take what follows the body for another request.
     if "transfer-encoding" in headers and "content-length" in headers:
         raise RequestError("Content-Length together with Transfer-Encoding: send one of them.")
-    if is_open(scope) or _is_preflight(scope, headers):
+    asks = "origin" in headers and "access-control-request-method" in headers
+    preflight = scope["method"] == "OPTIONS" and asks  # of CORS: browsers send no key
+    if is_open(scope) or preflight:
         return
     if not bind.accepts(headers.get("authorization", "")):
         raise RequestError("missing or wrong API key (Authorization: Bearer KEY).", 401)
@@ -111,11 +106,7 @@ class Exchange:
 
     @property
     def client(self) -> str:
-        """The client in the account of the load."""
         return client_of(self.scope)
-
-    def close(self) -> None:
-        self.ends.close()
 
     def __str__(self) -> str:
         client = self.scope.get("client") or ("-", 0)
@@ -142,7 +133,9 @@ class Exchange:
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers.update(self.headers)
-            if not self.body_read and self._announces_body():
+            asked = Headers(scope=self.scope)
+            announced = asked.get("content-length", "0") != "0" or "transfer-encoding" in asked
+            if announced and not self.body_read:
                 headers["Connection"] = "close"  # the rest of the body will not be read
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
@@ -152,10 +145,6 @@ class Exchange:
         """Answer with an error."""
         self.refusal = str(error)
         await error_response(error)(self.scope, self.receive, self.send)
-
-    def _announces_body(self) -> bool:
-        headers = Headers(scope=self.scope)
-        return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 class Guard:
@@ -186,7 +175,7 @@ class Guard:
                 raise
             await exchange.refuse(refusal)
         finally:
-            exchange.close()
+            exchange.ends.close()
             if not is_open(scope):
                 self.metrics.requests.labels(exchange.outcome).inc()
                 if self.logs(exchange):

@@ -19,20 +19,14 @@ CLIENT_LEFT = 499  # status of a request whose client has disconnected
 
 
 class RequestError(TokenCompError, ValueError):
-    """A request that cannot be served; `status` is the HTTP status of the answer.
-
-    400 is for what is malformed or not supported, and 413 for what exceeds a limit.
-    """
+    """A request that cannot be served, with an HTTP status: 413 for what exceeds a limit."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
         self.status = status
 
     def body(self) -> dict[str, Any]:
-        """Return the error body of OpenAI's API.
-
-        The message may quote the request, so it is shortened, and lone surrogates are escaped.
-        """
+        """OpenAI's error; a message may quote the request: shortened, surrogates escaped."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         text = str(self).encode("utf-8", "backslashreplace").decode()
         text = text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
@@ -62,10 +56,7 @@ class Limits:
 
 
 def check_structure(content: bytes | bytearray) -> None:
-    """Refuse a JSON body with too many values before it is parsed.
-
-    The containers of a parsed body take up to a hundred times the memory of their text.
-    """
+    """Refuse a JSON body of many values: parsed, they take a hundred times its memory."""
     if sum(content.count(mark) for mark in (b"{", b"[", b",")) > MAX_STRUCTURE:
         raise RequestError(f"the body has more than {MAX_STRUCTURE} JSON values.", 413)
 
@@ -113,15 +104,13 @@ class Deadline:
                 413,
             )
 
-    def reader(self, content: bytes) -> io.BytesIO:
-        """Return a file of `content` whose reads fail after the deadline.
 
-        Decoders read incrementally, so this also ends loops inside of libraries.
-        """
-        return _TimedReader(content, self)
+class TimedReader(io.BytesIO):
+    """A file of `content` whose reads fail after the deadline.
 
+    Decoders read incrementally, so this also ends loops inside of libraries.
+    """
 
-class _TimedReader(io.BytesIO):
     def __init__(self, content: bytes, deadline: Deadline) -> None:
         super().__init__(content)
         self.deadline = deadline

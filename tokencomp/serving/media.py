@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tokencomp.errors import MediaError
 from tokencomp.inputs.images import on_white
-from tokencomp.serving.limits import Deadline, Limits, RequestError
+from tokencomp.serving.limits import Deadline, Limits, RequestError, TimedReader
 
 if TYPE_CHECKING:
     from tokencomp.serving.request import Part
@@ -108,7 +108,6 @@ def _read_data(url: str, limits: Limits) -> tuple[str, bytes]:
 
 
 def decode_base64(text: str | bytes) -> bytes:
-    """Decode base64 text."""
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -151,31 +150,24 @@ def load_image(url: str, limits: Limits, deadline: Deadline | None = None) -> Im
 
 def decode_image(content: bytes, limits: Limits, deadline: Deadline, count: int = 1) -> Image.Image:
     """Decode an image as `load_image`; `count` images of its size must fit the limits together."""
-    with _readable(limits):
-        image = _open(content, limits, deadline, count)
+    with _opened(content, limits, deadline, count) as image:
         return on_white(ImageOps.exif_transpose(image), image.format)
 
 
 def check_image(content: bytes, limits: Limits, deadline: Deadline, count: int = 1) -> int:
     """Check an image as `decode_image` without decoding its pixels; return how many it has."""
-    with _readable(limits):
-        image = _open(content, limits, deadline, count)
+    with _opened(content, limits, deadline, count) as image:
         return int(image.width * image.height)
 
 
-def _open(content: bytes, limits: Limits, deadline: Deadline, count: int) -> Any:
-    """Open an image and check the size that its header says."""
-    check_jpeg(content)
-    image = Image.open(deadline.reader(content), formats=IMAGE_FORMATS)
-    check_size(image.width, image.height, limits, count)
-    return image
-
-
 @contextlib.contextmanager
-def _readable(limits: Limits) -> Iterator[None]:
-    """Turn what Pillow raises in the block into a `RequestError`."""
+def _opened(content: bytes, limits: Limits, deadline: Deadline, count: int) -> Iterator[Any]:
+    """An image whose header has an allowed size; what Pillow raises becomes a `RequestError`."""
     try:
-        yield
+        check_jpeg(content)
+        image = Image.open(TimedReader(content, deadline), formats=IMAGE_FORMATS)
+        check_size(image.width, image.height, limits, count)
+        yield image
     except RequestError:
         raise
     except MediaError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
@@ -38,7 +38,6 @@ class Saved:
 
     @property
     def before(self) -> int:
-        """Visual tokens before compression."""
         return sum(before for before, _ in self.tokens.values())
 
     @property
@@ -48,7 +47,6 @@ class Saved:
         return int(after) if float(after).is_integer() else after
 
     def as_usage(self) -> dict[str, Any]:
-        """Return the object "tokencomp" of an answer's usage."""
         return {
             "visual_tokens_before": self.before,
             "visual_tokens_after": self.after,
@@ -70,24 +68,19 @@ class ServerMetrics:
     """Metrics that both servers export; the labels have few values, whatever clients send."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        p, labels = "tokencomp", ("role", "reducer", "modality", "ratio")
-        self.requests = Counter(
-            f"{p}_requests", "Requests by HTTP status", ["status"], registry=registry
+        labels = ("role", "reducer", "modality", "ratio")
+        counter = partial(Counter, namespace="tokencomp", registry=registry)
+        self.requests = counter("requests", "Requests by HTTP status", ["status"])
+        self.before = counter("visual_tokens_before", "Visual tokens before compression", labels)
+        self.after = counter(
+            "visual_tokens_after", "Visual tokens seen, mean over decoder layers", labels
         )
-        self.before = Counter(
-            f"{p}_visual_tokens_before", "Visual tokens before compression", labels,
-            registry=registry,
-        )  # fmt: skip
-        self.after = Counter(
-            f"{p}_visual_tokens_after", "Visual tokens seen, mean over decoder layers", labels,
-            registry=registry,
-        )  # fmt: skip
         self.achieved = Histogram(
-            f"{p}_achieved_ratio", "Achieved ratio of a request's media", labels[:3],
+            "tokencomp_achieved_ratio", "Achieved ratio of a request's media", labels[:3],
             buckets=BOUNDS, registry=registry,
         )  # fmt: skip
         self.load_step = Gauge(
-            f"{p}_load_step", "Step of --ratio-by-load in force, 0 for the usual ratio",
+            "tokencomp_load_step", "Step of --ratio-by-load in force, 0 for the usual ratio",
             multiprocess_mode="max", registry=registry,
         )  # fmt: skip
 

@@ -33,7 +33,7 @@ from tokencomp.inputs.video.clips import AnimationClip, Clip, FileClip
 from tokencomp.inputs.video.container import VideoFile
 from tokencomp.inputs.video.frames import Choice, Scored, frame_policy
 from tokencomp.inputs.video.packets import ClipIndex
-from tokencomp.serving.limits import Deadline, Limits, RequestError
+from tokencomp.serving.limits import Deadline, Limits, RequestError, TimedReader
 from tokencomp.serving.media import (
     FRAME_LIST,
     check_size,
@@ -214,7 +214,7 @@ class _Animation(AnimationClip):
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Image.Image]:
-        image = Image.open(self.deadline.reader(self.content), formats=("GIF", "WEBP"))
+        image = Image.open(TimedReader(self.content, self.deadline), formats=("GIF", "WEBP"))
         check_size(image.width, image.height, self.limits)
         yield image
 
@@ -268,7 +268,7 @@ class _File(FileClip):
     def _open(self) -> Any:
         import av
 
-        return av.open(self.deadline.reader(self.content), "r", format=self.format)
+        return av.open(TimedReader(self.content, self.deadline), "r", format=self.format)
 
     def _watch(self, frame: Any = None) -> None:
         """Stop at a limit: called for every packet, and with every decoded frame.
@@ -335,12 +335,9 @@ def _answer(stream: IO[bytes]) -> Decoded | None:
     if "error" in head:
         raise RequestError(head["error"], head["status"])
     frames = np.empty(head["shape"], np.uint8)
-    view, filled = memoryview(frames).cast("B"), 0
-    while filled < len(view):
-        count = stream.readinto(view[filled:])  # type: ignore[attr-defined]  # of buffered pipes
-        if not count:
-            return None
-        filled += count
+    view = memoryview(frames).cast("B")
+    if stream.readinto(view) < len(view):  # type: ignore[attr-defined]  # of buffered pipes
+        return None
     lists = head["sampling"].items()  # JSON has no tuples
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in lists}
     return frames, Sampling(**fields)
@@ -381,17 +378,11 @@ def _limit(limits: Limits) -> None:
 
         signal.alarm(int(limits.decode_seconds) + GRACE)  # ends the process, whatever it does
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        most = _address_space() + limits.decode_memory
+        most = limits.decode_memory
+        with contextlib.suppress(OSError):  # what the process has reserved already, on Linux
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            most += pages * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
-
-
-def _address_space() -> int:
-    """Return the bytes of memory that this process has reserved; 0 if that is unknown."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
 
 
 if __name__ == "__main__":

@@ -48,18 +48,15 @@ class ChatPrompt:
 
     @property
     def pixels(self) -> int:
-        """Number of pixels of all decoded media."""
         images = sum(image.width * image.height for image in self.images)
         return images + sum(video[..., 0].size for video in self.videos)
 
     @property
     def bytes(self) -> int:
-        """Memory of all decoded media."""
         return 3 * self.pixels
 
 
 def too_long(tokens: int, limit: int) -> RequestError:
-    """Return the error for a prompt of that many tokens."""
     return RequestError(
         f"the prompt has {tokens} tokens before compression; this model takes {limit}, answer "
         "included. Send less text, or fewer or smaller media."
@@ -248,7 +245,12 @@ def _check_amount(request: HfChat, text: PromptText) -> None:
 
 def _message(message: HfMessage) -> dict[str, Any]:
     """Return a message in the form that chat templates expect."""
-    content: Any = _content(message)
+    if message.content is None and message.role != "assistant":
+        raise RequestError(f"a message of role {message.role!r} needs a content.")
+    content: Any = [
+        {"type": p.kind} if p.words is None else {"type": p.kind, "text": p.words}
+        for p in message.parts
+    ]
     if message.role == "tool" and all(part["type"] == "text" for part in content):
         content = "".join(part["text"] for part in content)
     known: dict[str, Any] = {"role": message.template_role, "content": content}
@@ -257,16 +259,6 @@ def _message(message: HfMessage) -> dict[str, Any]:
     if message.tool_calls:
         known["tool_calls"] = [call.model_dump(exclude_none=True) for call in message.tool_calls]
     return known
-
-
-def _content(message: HfMessage) -> list[dict[str, Any]]:
-    """Return the parts of a message in the form that chat templates expect."""
-    if message.content is None and message.role != "assistant":
-        raise RequestError(f"a message of role {message.role!r} needs a content.")
-    return [
-        {"type": p.kind} if p.words is None else {"type": p.kind, "text": p.words}
-        for p in message.parts
-    ]
 
 
 def _call_form(request: HfChat, text: PromptText) -> CallForm | None:

@@ -76,22 +76,17 @@ class EngineTower:
         cells = self.layout.cells(call, plan.tower_stage)
         if plan.cells is None:
             kept = kept_cells(cells, plan, self.report)
-        else:
-            kept = torch.tensor(planned_cells(self._plans), device=pixels.device)
+        else:  # listed by the plans, over all of their items
+            first, listed = 0, list[int]()
+            for each in self._plans:
+                listed += [first + cell for cell in each.cells or ()]
+                first += each.full
+            kept = torch.tensor(listed, device=pixels.device)
         metadata = shorter(tower.prepare_encoder_metadata(grids), cells, kept)
         rows = original(x[cells.members[kept].flatten()], grids, encoder_metadata=metadata)
         self._kept = kept
         full = rows.new_full((len(cells.members), rows.shape[-1]), torch.nan)
         return full.index_copy(0, kept, rows)
-
-
-def planned_cells(plans: Sequence[ItemPlan]) -> list[int]:
-    """The cells that plans list, over all of their items, ascending."""
-    first, cells = 0, list[int]()
-    for plan in plans:
-        cells += [first + cell for cell in plan.cells or ()]
-        first += plan.full
-    return cells
 
 
 def kept_cells(cells: Cells, plan: ItemPlan, report: Report) -> Tensor:
