@@ -43,7 +43,6 @@ class Bind:
             )
 
     def accepts(self, authorization: str) -> bool:
-        """Whether a request with this Authorization header may use the server."""
         scheme, _, token = authorization.partition(" ")
         # Servers decode headers as Latin-1, whatever the client has encoded.
         sent = token.strip().encode("latin-1", "replace")

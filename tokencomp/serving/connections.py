@@ -90,12 +90,10 @@ class Bounded:
             self.cycle.message_event.set()
 
     def pause_writing(self) -> None:
-        """Start the timer for reading by the client."""
         super().pause_writing()  # type: ignore[misc]  # of uvicorn's class
         self._writing = self.loop.call_later(SEND_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Stop this timer."""
         super().resume_writing()  # type: ignore[misc]  # of uvicorn's class
         if self._writing is not None:
             self._writing.cancel()

@@ -30,7 +30,6 @@ from tokencomp.trained.cards import content_hash
 
 
 def field_name(modality: str) -> str:
-    """Name of the item field that carries the plan inside the engine."""
     return f"tokencomp_{modality}"
 
 

@@ -19,24 +19,12 @@ from tokencomp.serving.offsets import with_offsets
 def reduce_item(
     plan: ItemPlan, features: Tensor, present: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Reduce the features (full, d) of an item.
+    """Reduce the features (full, d) of an item to rows (kept, d), and their indices (kept,).
 
-    Parameters
-    ----------
-    present : Tensor of int64, shape (entering,), or None
-        The tokens that the vision tower has computed, ascending; None: all.
-
-    Returns
-    -------
-    Tensor, shape (kept, d), or (kept, d + 2) if the plan merges dropped tokens
-        Rows for the placeholders, and the digits of their sizes (see `offsets`).
-    Tensor of int64, shape (kept,)
-        The token of the uncompressed item that each row comes from, ascending.
-
-    Raises
-    ------
-    ScoreError
-        The features are not finite, and the reducer compares them.
+    `present` (entering,), int64 and ascending, are the tokens that the vision tower has computed;
+    None: all. Rows have two more columns, the digits of their sizes (see `offsets`), if the plan
+    merges dropped tokens. Indices, ascending, are those of tokens of the uncompressed item. Raises
+    `ScoreError` if the features are not finite, and the reducer compares them.
     """
     if features.shape[0] != plan.full:
         raise RuntimeError(

@@ -215,7 +215,6 @@ def given_flags(arguments: Sequence[str]) -> list[str]:
 
 
 def _configs(arguments: Sequence[str]) -> list[str]:
-    """Contents of the files of `--config`."""
     texts = []
     for argument, value in zip_longest(arguments, arguments[1:], fillvalue=""):
         name, _, path = argument.partition("=")

@@ -127,7 +127,6 @@ class Load:
         return leave
 
     def look(self) -> int:
-        """The largest step in force."""
         now = self._clock()
         steps = [self._update(client.found, name, now) for name, client in self._clients.items()]
         return max([self._update(self._anybody, "", now), *steps])

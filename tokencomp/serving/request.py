@@ -129,7 +129,6 @@ class Message(Strict):
 
     @property
     def parts(self) -> list[Part]:
-        """The parts of the content; a string is one part of text."""
         if self.content is None or isinstance(self.content, str):
             return [Part(type="text", text=self.content or "")]
         return self.content

@@ -40,7 +40,6 @@ def servable() -> dict[str, str]:
 
 
 def _is_safe(cls: type[Reducer], **options: Any) -> bool:
-    """Whether the reducer with these options, and defaults otherwise, can be served."""
     try:
         return serving_safe(cls(**options))
     except (TokenCompError, TypeError):  # it has required options, or refuses these

@@ -25,29 +25,16 @@ OPERATOR_OPTIONS = ("weights",)  # paths: what they name, and whether it exists,
 class ServerOptions:
     """Default of a server, and the bounds of what a request may ask for.
 
-    Attributes
-    ----------
-    max_ratio : float
-        Largest ratio of a request; below 0.95 it may ask for no budget, whose ratio is not known.
-    per_request : bool
-        False refuses requests that bring options.
-    only_own : bool
-        True refuses other processor options, which vLLM hands through: they can enlarge media.
-    low_detail_ratio : float or None
-        Ratio of images of `detail` "low"; None: the default's.
-    merging : bool
-        Whether attention of vLLM has wider heads, so that requests may merge.
-    ratio_by_load : tuple of Step
-        Higher ratios of requests that name none, under load.
+    Below a `max_ratio` of 0.95 a request may ask for no budget, whose ratio is not known.
     """
 
     default: Method = field(default_factory=Method)
-    max_ratio: float = MAX_RATIO
-    per_request: bool = True
-    only_own: bool = False
-    low_detail_ratio: float | None = None
-    merging: bool = False
-    ratio_by_load: tuple[Step, ...] = ()
+    max_ratio: float = MAX_RATIO  # of a request
+    per_request: bool = True  # False refuses requests that bring options
+    only_own: bool = False  # True refuses other processor options of vLLM, which can enlarge media
+    low_detail_ratio: float | None = None  # of images of `detail` "low"; None: the default's
+    merging: bool = False  # attention of vLLM has wider heads, so that requests may merge
+    ratio_by_load: tuple[Step, ...] = ()  # of requests that name none, under load
 
     @classmethod
     def parse(cls, options: Any, engine: str = "vllm") -> ServerOptions:

@@ -119,7 +119,6 @@ class Completion:
             self.cancel()  # the client has disconnected, or the answer is complete
 
     def _reason(self, index: int, finish: str) -> str:
-        """Why an answer ended, for clients."""
         return "tool_calls" if finish == "stop" and self.calls[index].found else finish
 
     def _choice(self, index: int, finish: str | None, entries: list[Any]) -> dict[str, Any]:
@@ -130,5 +129,4 @@ class Completion:
 
 
 def _event(value: dict[str, Any]) -> str:
-    """Format a server-sent event."""
     return f"data: {json.dumps(value)}\n\n"

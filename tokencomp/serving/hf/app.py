@@ -143,25 +143,20 @@ class Server:
             return prompt
 
     async def health(self, request: Request) -> Response:
-        """Answer 200 while the engine answers requests, else 503."""
         return Response(status_code=200 if self.engine.healthy else 503)
 
     async def metrics(self, request: Request) -> Response:
-        """Answer with all metrics in the text format of Prometheus."""
         self.engine.metrics.load_step.set(self.load.look())
         text = generate_latest(self.engine.metrics.registry)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     async def version(self, request: Request) -> Response:
-        """Answer with the version of this package."""
         return JSONResponse({"version": __version__})
 
     async def models(self, request: Request) -> Response:
-        """List the served model."""
         return JSONResponse({"object": "list", "data": [self._card()]})
 
     async def model(self, request: Request) -> Response:
-        """Describe the served model."""
         self._check_name(request.path_params["name"])
         return JSONResponse(self._card())
 
@@ -170,7 +165,6 @@ class Server:
         return first_page(request, self.name, self.engine.options.default.describe(), self.keyed)
 
     def _card(self) -> dict[str, Any]:
-        """OpenAI's object of the model, with its default reducer and ratio."""
         return {
             "id": self.name,
             "object": "model",
@@ -219,7 +213,6 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 def uvicorn_server(app: ASGIApp, bind: Bind) -> uvicorn.Server:
-    """Return the server of an application."""
     config = uvicorn.Config(
         app,
         host=bind.host,

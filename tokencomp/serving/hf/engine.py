@@ -282,7 +282,6 @@ class Rows(StoppingCriteria):
 
 
 def seen_by_modality(stats: Stats) -> list[Seen]:
-    """Return the visual tokens of every row."""
     edges = [0, *stats.stage_layers, len(stats.layers)]
     widths = [stop - start for start, stop in itertools.pairwise(edges)]
     result = []
@@ -361,7 +360,6 @@ def take_penalty(model: Any) -> float:
 
 
 def for_client(error: BaseException) -> RequestError:
-    """Return the error that the client of a failed request sees."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, WeightsError):  # its text names files of this machine

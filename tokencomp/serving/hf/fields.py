@@ -102,7 +102,6 @@ class Function(Strict):
     strict: bool | None = None
 
     def call_schema(self) -> dict[str, Any]:
-        """Return the JSON schema of a call of this function."""
         arguments = self.parameters or {"type": "object", "additionalProperties": False}
         properties = {"name": {"const": self.name}, "arguments": arguments}
         closed = {"required": [*properties], "additionalProperties": False}
@@ -216,7 +215,6 @@ class HfChat(Chat[HfMessage]):
 
     @property
     def must_call(self) -> bool:
-        """Whether the answer must be a call."""
         return self.tool_choice not in (None, "none", "auto")
 
     @property
@@ -229,7 +227,6 @@ class HfChat(Chat[HfMessage]):
 
     @property
     def stops(self) -> list[str]:
-        """Texts that end an answer; empty texts are ignored."""
         texts = [self.stop] if isinstance(self.stop, str) else (self.stop or [])
         return [text for text in texts if text]
 

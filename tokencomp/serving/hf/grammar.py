@@ -24,7 +24,6 @@ class Grammar:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing can follow."""
         return bool(self._matcher.is_stopped())
 
     def mask(self, scores: Tensor) -> None:

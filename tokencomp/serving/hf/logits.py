@@ -55,7 +55,6 @@ class BatchLogits(LogitsProcessor):
         return scores
 
     def _penalties(self, job: Job) -> tuple[float, float, float]:
-        """Repetition, presence and frequency penalty."""
         r = job.prompt.request
         own = self.repetition if r.repetition_penalty is None else r.repetition_penalty
         return own, r.presence_penalty or 0, r.frequency_penalty or 0

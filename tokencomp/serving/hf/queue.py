@@ -29,7 +29,6 @@ class Usage:
     completion: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return OpenAI's usage object with the counts of compression under "tokencomp"."""
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,

@@ -71,7 +71,6 @@ class AnswerText:
         return self._take(len(self._pending))
 
     def _decode_new(self) -> str:
-        """Return the text that the new tokens add."""
         before = self._decode(self._before)
         return self._decode(self._before + self._new)[len(before) :]
 
@@ -117,7 +116,6 @@ class CallForm:
 
     @property
     def begin(self) -> str:
-        """The first mark."""
         return self.opening.strip()
 
     @classmethod

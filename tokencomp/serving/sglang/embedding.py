@@ -49,11 +49,9 @@ class Compressing:
         return getattr(self._model, name)
 
     def get_image_feature(self, items: list[Any]) -> list[Tensor]:
-        """Return the rows of every item with their digits, in a list."""
         return self._features(items, self._model.get_image_feature, "image")
 
     def get_video_feature(self, items: list[Any]) -> list[Tensor]:
-        """Return the rows of every item with their digits, in a list."""
         return self._features(items, self._model.get_video_feature, "video")
 
     def separate_deepstack_embeds(self, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,6 @@ MODELS = (
 
 @cache
 def server_options() -> ServerOptions:
-    """Return the options of the server."""
     return ServerOptions.parse(os.environ.get(ENV_OPTIONS), "sglang")
 
 
@@ -116,7 +115,6 @@ def compress(output: Any, spec: Method, merge: int, facts: ModelFacts | None = N
 
 
 def _grid(item: Any, merge: int) -> tuple[str, tuple[int, int, int]]:
-    """Return kind and token grid (t, h, w) of an item."""
     if not (item.is_image() or item.is_video()):
         raise OptionError("audio together with images or videos cannot be compressed in SGLang.")
     modality = "image" if item.is_image() else "video"

@@ -53,7 +53,6 @@ def check_engine(config: VllmConfig, offsets: bool, merging: bool = False) -> No
 
 
 def _untested(config: VllmConfig) -> list[str]:
-    """Return the settings with which no compressed model has been tested."""
     settings = []
     encoder, blocks = _connector(config, "ec"), _connector(config, "kv")
     if encoder and encoder not in EC_CONNECTORS:

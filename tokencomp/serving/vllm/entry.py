@@ -21,11 +21,7 @@ from tokencomp.serving.vllm import MODELS, STOCK, TESTED_VERSIONS
 
 
 def configured_options(model_config: Any) -> Any:
-    """Return the server's options as the operator wrote them, or None if there are none.
-
-    They come from `--mm-processor-kwargs`, otherwise from `--hf-overrides`, otherwise from the
-    environment.
-    """
+    """The server's options as written: `--mm-processor-kwargs`, `--hf-overrides`, environment."""
     multimodal = getattr(model_config, "multimodal_config", None)
     options = (getattr(multimodal, "mm_processor_kwargs", None) or {}).get(KEY)
     if options is None:
@@ -59,10 +55,7 @@ def compressing(architecture: str, kind: str) -> type:
 
 @cache
 def refusing(stock: type) -> type:
-    """Return vLLM's processor with a refusal of requests that bring options of tokencomp.
-
-    vLLM alone would ignore the options and serve the request uncompressed.
-    """
+    """vLLM's processor with a refusal of our options, which vLLM alone would ignore."""
 
     def apply(self: Any, *args: Any, **kwargs: Any) -> Any:
         for value in (*args, *kwargs.values()):

@@ -77,7 +77,6 @@ def count_nonfinite(plan: ItemPlan | None, error: Exception) -> None:
 
 @contextlib.contextmanager
 def timed() -> Iterator[None]:
-    """Count the time of the block as reduction time."""
     start = time.perf_counter()
     yield
     counters()["seconds"].inc(time.perf_counter() - start)

@@ -222,7 +222,6 @@ class VllmGuard(Guard):
 
 
 def _receiving(body: bytes, exchange: Exchange) -> Receive:
-    """A function with which an application receives a checked body."""
     waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Message:

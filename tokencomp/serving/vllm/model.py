@@ -118,10 +118,7 @@ class CompressingModel:
     # -- vLLM's interface -----------------------------------------------------------------------
 
     def get_encoder_cudagraph_config(self) -> Any:
-        """Turn CUDA graphs of the vision tower off, as they bypass `embed_multimodal`.
-
-        vLLM asks only models whose own class has such graphs.
-        """
+        """Turn CUDA graphs of the vision tower off, as they bypass `embed_multimodal`."""
         return replace(super().get_encoder_cudagraph_config(), modalities=[])  # type: ignore[misc]  # of vLLM's class
 
     def embed_multimodal(self, **kwargs: Any) -> Any:

@@ -79,7 +79,7 @@ class MRopeProcessor(CompressingProcessor):
 
 
 def _text(n: int, first: int) -> np.ndarray:
-    """Return the positions (3, n) of text tokens, which are equal in all three rows."""
+    """Positions (3, n) of text tokens, equal in all three rows."""
     return np.broadcast_to(np.arange(first, first + n), (3, n))
 
 

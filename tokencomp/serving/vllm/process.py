@@ -42,10 +42,7 @@ def _remove_metrics() -> None:
 
 
 def end_after_engine() -> None:
-    """End this process with `ENGINE_DIED`, where vLLM would end it with 0.
-
-    A supervisor then starts the server again.
-    """
+    """End this process with `ENGINE_DIED` (vLLM: 0), so that a supervisor starts it again."""
     logger.error("the engine has died: this server ends with exit code %d", ENGINE_DIED)
     if multiprocessing.parent_process() is None:
         _remove_metrics()

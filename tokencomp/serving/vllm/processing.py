@@ -47,10 +47,7 @@ REMEMBERED = 16384  # sizes of media that may come from a cache
 
 
 def server_options(model_config: Any) -> ServerOptions:
-    """Return the options of the server, see `configured_options`.
-
-    vLLM makes a processor for every chat request, so the options are parsed once.
-    """
+    """The options of the server, parsed once: vLLM makes a processor for every chat request."""
     options = configured_options(model_config)
     return _parsed(options if isinstance(options, str) else json.dumps(options))
 
@@ -167,7 +164,6 @@ class CompressingProcessor:
 
     @staticmethod
     def _plain(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The options of a request without ours."""
         return {k: v for k, v in kwargs.items() if k != KEY}
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
@@ -333,7 +329,6 @@ class CompressingProcessor:
         ]
 
     def _shortened(self, update: Any, out_mm_kwargs: Any) -> Any:
-        """Return the update with as many placeholders as the item's plan keeps."""
         full, modality = update.replacement, update.modality
 
         def kept(index: int) -> Any:

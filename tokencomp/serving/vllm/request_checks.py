@@ -152,7 +152,6 @@ def _check_no_media(fields: dict[str, Any]) -> None:
 
 
 def _nested(value: Any) -> Iterator[Any]:
-    """Yield all values in a JSON value."""
     waiting = [value]
     while waiting:
         value = waiting.pop()
@@ -171,7 +170,6 @@ def _check_sampling(fields: dict[str, Any]) -> None:
 
 
 def runs_on_cpu() -> bool:
-    """Whether vLLM runs on a CPU."""
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())

@@ -62,10 +62,7 @@ def is_router(scope: Any, networks: Sequence[Network]) -> bool:
 
 
 def check_sender(fields: Mapping[str, Any], router: bool) -> None:
-    """Refuse transfer parameters of ordinary clients, and those in a form that ends the engine.
-
-    They name hosts and ports to which the engine connects.
-    """
+    """Refuse transfer parameters, which name hosts, of ordinary clients or in another form."""
     for name, value, direct in _transfers(fields):
         if value is None:
             continue
@@ -120,10 +117,7 @@ def transfer_params(sampling: Any, name: str) -> Any:
 
 
 def mark_of(prompt: Mapping[str, Any]) -> str:
-    """Hash of a processed prompt: its token ids, and the hashes of its media.
-
-    The hashes of compressed media contain the options and the release of tokencomp.
-    """
+    """Hash of token ids and of media hashes, which contain options and release of tokencomp."""
     content = [sorted(prompt["mm_hashes"].items()), list(prompt["prompt_token_ids"])]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -47,7 +47,6 @@ class BasePositions:
 
 @cache
 def state_with_offsets(base: type) -> type:
-    """Return a subclass of the V2 state `base` that corrects the positions of media rows."""
 
     class StateWithOffsets(base):
         """State of an M-RoPE model whose rows carry position offsets."""
