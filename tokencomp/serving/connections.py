@@ -33,6 +33,7 @@ class Pieces:
 
     def add(self, size: int) -> bool:
         """Count a chunk; return whether the body has too many small ones."""
+        # A body of 32 MB in chunks of one byte would cost 32 million events of the parser.
         self.count, self.size = self.count + 1, self.size + size
         return self.count > FREE_PIECES + self.size // PIECE_BYTES
 
@@ -58,6 +59,7 @@ class Bounded:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # uvicorn answers 503 above this number; without it, descriptors run out for all clients.
         self.limit_concurrency = self.most
         if isinstance(self, H11Protocol):
             largest = self.config.h11_max_incomplete_event_size or H11_HEAD
@@ -91,6 +93,7 @@ class Bounded:
 
     def pause_writing(self) -> None:
         super().pause_writing()  # type: ignore[misc]  # of uvicorn's class
+        # A client that never reads would keep its answer, and what the answer holds, for ever.
         self._writing = self.loop.call_later(SEND_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
@@ -104,6 +107,7 @@ class Bounded:
 
     def _wait_for_request(self) -> None:
         self.waiting[self] = None
+        # A client that opens many connections closes its oldest ones, since they wait the longest.
         while len(self.waiting) > MAX_WAITING:
             oldest = next(iter(self.waiting))
             del self.waiting[oldest]
@@ -115,6 +119,7 @@ class Bounded:
             self.waiting.pop(self, None)
 
     def _close_unless_started(self, last: Any) -> None:
+        # The timer outlives its request: act only if no other request has begun since.
         if self.cycle is last and self._idle:  # each request has another cycle
             self.transport.abort()
 

@@ -49,6 +49,7 @@ def check_head(scope: Scope, bind: Bind) -> None:
     Raises `RequestError` (400, 401, 403 or 415); the rest of the connection must then not be read.
     """
     headers = Headers(scope=scope)
+    # All Host headers: a proxy may use another one than this server would.
     for host in headers.getlist("host") or [""]:
         if problem := bind.refusal(host):
             raise RequestError(problem, 403)
@@ -57,6 +58,7 @@ def check_head(scope: Scope, bind: Bind) -> None:
         raise RequestError("Content-Length together with Transfer-Encoding: send one of them.")
     asks = "origin" in headers and "access-control-request-method" in headers
     preflight = scope["method"] == "OPTIONS" and asks  # of CORS: browsers send no key
+    # Probes have no key, and browsers send none before they know that they may.
     if is_open(scope) or preflight:
         return
     if not bind.accepts(headers.get("authorization", "")):
@@ -92,6 +94,7 @@ class Exchange:
         self.refusal = ""
         self.by_load, self.ends = False, contextlib.ExitStack()
         self._started = time.monotonic()
+        # An id of a client is taken only in this form: it is written to logs and headers.
         sent = Headers(scope=scope).get("x-request-id", "")
         self.id = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
         self.headers: dict[str, str] = {"X-Request-Id": self.id}
@@ -134,6 +137,8 @@ class Exchange:
             headers = MutableHeaders(scope=message)
             headers.update(self.headers)
             asked = Headers(scope=self.scope)
+            # An answer before the end of the body: what follows must not be read as the next
+            # request.
             announced = asked.get("content-length", "0") != "0" or "transfer-encoding" in asked
             if announced and not self.body_read:
                 headers["Connection"] = "close"  # the rest of the body will not be read
@@ -170,6 +175,7 @@ class Guard:
             raise
         except Exception as error:
             refusal = self.refusal(error)
+            # The answer has begun, or the error is of the server: uvicorn ends the connection.
             if exchange.status or refusal is None:
                 exchange.failed = True
                 raise
@@ -226,6 +232,7 @@ class Bodies:
             self.used -= len(content)
 
     async def _fill(self, content: bytearray, request: Request) -> None:
+        # Refuse by the header first: none of the body is read.
         declared = request.headers.get("content-length", "0")
         if declared.isdecimal() and int(declared) > self.largest:
             raise RequestError(f"request bodies may have {self.largest} bytes.", 413)

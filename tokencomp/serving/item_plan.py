@@ -103,6 +103,7 @@ class ItemPlan:
         # A reducer that can be served has one stage, at entry, however many layers there are.
         plan = spec.stages(num_layers=1, first_layer_stage=1).bind(facts)
         # If a tower stage keeps no more than the ratio asks for, there is no entry stage.
+        # Spans of an item (tiles) divide its budget.
         each = budget_shares(spans)
         counts = [
             plan.counts(span, 1, share) or [plan.entering(span)]
@@ -117,6 +118,7 @@ class ItemPlan:
             tokens = plan.tower.budget.tokens if plan.tower.budget else None
             tower = (plan.tower.fraction, tokens, *_described(plan.tower.reducer))
         keep = tuple(count[-1] for count in counts)
+        # Pixels decide what the tower sees; a ratio may keep fewer of it.
         if cells is not None:
             keep, cells = (min(*keep, len(cells)),), tuple(cells)
         return cls(

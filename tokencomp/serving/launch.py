@@ -58,6 +58,7 @@ def vllm_command(
             f"`--engine vllm` needs vLLM: {install('vllm')} (in its own environment), or use "
             "--engine hf."
         )
+    # All spellings that argparse takes, also from files: a rule must not be missed by one.
     flags = given_flags(extra)
     trusts_kwargs = sets(flags, "--trust-request-mm-kwargs")
     parsed = ServerOptions.parse({**options, "only_own": not trusts_kwargs})
@@ -84,6 +85,7 @@ def vllm_command(
     command += ["--middleware", "tokencomp.serving.vllm.middleware.VllmGuard"]
     if limits.allowed_path is not None:
         command += ["--allowed-local-media-path", str(limits.allowed_path.resolve())]
+    # Who may fetch media, and who chooses frames: limits depend on both.
     remote = sets(flags, "--allowed-media-domains")
     ours = not sets(flags, "--media-io-kwargs") or _takes_frames(extra)
     options = {**options, "only_own": parsed.only_own}

@@ -113,6 +113,7 @@ class Load:
         if not self.steps or not tokens:
             return lambda: None
         now, number, self._last = self._clock(), self._last, self._last + 1
+        # Forget clients without requests whose steps have ended, so that the table stays small.
         for name, other in list(self._clients.items()):  # whose steps have ended
             if not other.work and now - other.found.busy > MAX_STEPS * CALM_SECONDS:
                 del self._clients[name]
@@ -135,7 +136,10 @@ class Load:
         """Let steps begin and end for a client; "" for one that has no request here."""
         before = found.step
         depths = list(self._depths(client, now - BEGIN_SECONDS))
+        # Example: steps 4096 and 8192, depths 5000 and 5500: the first is reached, the second is
+        # not.
         reached = sum(d >= step.tokens for d, step in zip(depths, self.steps, strict=True))
+        # Up at once; stay while half of the step's tokens are found; down by one per calm period.
         if reached >= before:
             found.step, found.busy = reached, now
         elif 2 * depths[before - 1] >= self.steps[before - 1].tokens:
@@ -153,5 +157,6 @@ class Load:
         """Visual tokens that a client finds, for every step."""
         tokens = {name: known.tokens(before) for name, known in self._clients.items()}
         for step in self.steps:
+            # Of others at most a quarter of the step: one client cannot take all others to it.
             most = SHARE * step.tokens
             yield sum(n if name == client else min(n, most) for name, n in tokens.items())

@@ -51,6 +51,7 @@ def check_media(
     left, files = limits.max_total_pixels, 0
     for part in media:
         pixels = None
+        # Media of other hosts are fetched by vLLM, if its operator allows hosts.
         if not (remote and part.medium.url[:4].lower() == "http"):
             allowed = replace(limits, max_total_pixels=left)
             pixels = _pixels(part.kind, part.medium.url, allowed, deadline)
@@ -83,6 +84,7 @@ def frame_list(content: bytes, limits: Limits) -> list[bytes]:
 
 def read_url(url: str, limits: Limits) -> tuple[str, bytes]:
     """Media type and content of a URL that is allowed; a list of frames remains base64 text."""
+    # The scheme is in the first characters: the rest can have megabytes.
     scheme, colon, _ = url[:10].partition(":")
     scheme = scheme.lower() if colon else ""
     if scheme == "data":
@@ -100,6 +102,7 @@ def _read_data(url: str, limits: Limits) -> tuple[str, bytes]:
     head, comma, body = url[5:].partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise RequestError("a data: URL must look like data:image/png;base64,....")
+    # Four characters are three bytes: refuse before they are decoded.
     _check_bytes(len(body) * 3 // 4, limits)
     media_type = head.partition(";")[0].lower()  # without its parameters
     if media_type == FRAME_LIST:
@@ -122,6 +125,7 @@ def _read_file(url: str, limits: Limits) -> bytes:
     try:
         if parts.netloc not in ("", "localhost"):
             raise OSError("remote host")
+        # After symbolic links and "..", which could lead out of the directory.
         path = Path(unquote(parts.path)).resolve(strict=True)
         if not path.is_relative_to(limits.allowed_path.resolve()) or not path.is_file():
             raise OSError("outside")
@@ -206,6 +210,7 @@ def check_jpeg(content: bytes) -> None:
     if content[:2] != b"\xff\xd8":
         return
     place, segments, scans = 2, 0, 0
+    # Marks are searched, not decoded: thousands of scans take seconds each to decode.
     while mark := SEGMENT.search(content, place):
         code, place = mark[1][0], mark.end()
         if code == END and scans:
@@ -216,6 +221,7 @@ def check_jpeg(content: bytes) -> None:
         for count, limit, what in ((scans, MAX_SCANS, "scans"), (segments, MAX_SEGMENTS, "parts")):
             if count > limit:
                 raise RequestError(f"a JPEG of more than {limit} {what}.", 413)
+        # Over the contents of the segment, which could look like marks.
         place += max(int.from_bytes(content[place : place + 2], "big"), 2)
 
 
@@ -226,6 +232,7 @@ def count_frames(content: bytes, limit: int) -> int:
     place, frames = HEADER + _color_table(content[10]), 0
     while place < len(content) and content[place] != TRAILER and frames <= limit:
         kind, place = content[place], place + 1
+        # Header, color tables and sub-blocks are skipped by their lengths; no pixel is decoded.
         if kind == IMAGE:
             frames += 1
             flags = content[place + DESCRIPTOR - 1] if place + DESCRIPTOR <= len(content) else 0

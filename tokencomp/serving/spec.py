@@ -56,6 +56,7 @@ class ServerOptions:
                 "default. Lower one, or raise the other."
             )
         low = values.get("low_detail_ratio")
+        # The ratio of `detail: "low"`, the only place where OpenAI's field has a meaning here.
         if low is not None:
             low = check_ratio(low, "low_detail_ratio")
         steps: tuple[Step, ...] = ()
@@ -121,6 +122,7 @@ class ServerOptions:
             return low, False
         named = any(values.get(name) is not None for values in asked for name in AMOUNTS)
         by_load = bool(details) and not named
+        # Options without an amount, such as a reducer, take the ratio by load too.
         if by_load and ratio is not None:
             if not asked:
                 return self._resolved({"ratio": ratio}, engine), True
@@ -143,6 +145,7 @@ class ServerOptions:
         closed = [k for k in values["options"] if k.rpartition(".")[2] in OPERATOR_OPTIONS]
         if closed:
             raise OptionError(f"option {', '.join(closed)} is set by the server's operator only.")
+        # A budget of one token is a ratio close to one, whatever the operator allows.
         if self.max_ratio < MAX_RATIO and values.get("budget") is not None:
             raise RatioError(
                 f"budget={values['budget']!r}: this server allows ratios from 0 to "

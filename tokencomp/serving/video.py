@@ -80,6 +80,7 @@ def with_request(options: Any, limits: Limits) -> Limits:
             f'{FIELD}: frames="{policy}": servers decode a video before the model sees it, so '
             f"nothing can score its frames. Use {POLICIES}."
         )
+    # "1fps" has no count: its frames are counted when the clip is known.
     count = getattr(policy, "count", 1)
     if count > limits.frames:
         raise RequestError(f"{FIELD}: {count} frames; the limit is {limits.frames}.", 413)
@@ -90,6 +91,7 @@ def _check_video(total: int, width: int, height: int, limits: Limits, pixels: in
     """Refuse a video of `total` frames of this size and more than `pixels` in all of them."""
     if total > limits.max_decoded:
         raise RequestError(f"more than {limits.max_decoded} frames.", 413)
+    # Frames in memory at one time: those that are chosen.
     check_size(width, height, limits, min(total, limits.frames))
     if total * width * height > pixels:
         raise RequestError(
@@ -183,6 +185,7 @@ def _stacked(
 
     `arrays` are frames, uint8 (height, width, 3), with their places; missing ones are left out.
     """
+    # One array for all frames: a second copy would double the peak of a request.
     rows = {place: row for row, place in enumerate(sorted(set(places)))}
     found: dict[int, np.ndarray] = {}
     for place, array in arrays:
@@ -277,6 +280,7 @@ class _File(FileClip):
         """
         self.deadline.check()
         if frame is None:
+            # Packets before the first frame: a file can have millions that decode to nothing.
             self.packets += self.pixels == 0
             if self.packets > self.limits.max_decoded + 1:  # the last packet is empty
                 _check_video(self.packets, 0, 0, self.limits, 0)
@@ -292,6 +296,7 @@ class _File(FileClip):
 
 def decode_apart(content: bytes, limits: Limits, deadline: Deadline) -> Decoded:
     """Decode a video file as `decode_container` does, in a new process with limited memory."""
+    # The process gets bytes and limits, and opens no files.
     order = {**dataclasses.asdict(limits), "allowed_path": None}
     order["decode_seconds"] = deadline.remaining()
     with _process(deadline) as process:

@@ -25,6 +25,7 @@ class Completion:
         request, loop = self.request, asyncio.get_running_loop()
         tokens = request.max_completion_tokens or request.max_tokens or DEFAULT_TOKENS
         stops, form = request.stops, prompt.calls
+        # One call at most: the answer ends with the mark after it.
         if form is not None and request.parallel_tool_calls is False:
             stops = [*stops, form.end]
         names = [tool.function.name for tool in request.offered]

@@ -69,6 +69,7 @@ def build_app(engine: Engine, name: str, limits: Limits, bind: Bind | None = Non
     app.add_route("/v1/chat/completions", server.chat, methods=["POST"])
     for kind in (RequestError, HTTPException, Exception):
         app.add_exception_handler(kind, _failed)
+    # Middleware is inside of the guard, which lets preflights pass without a key.
     if bind.api_key:  # a page of any site needs the key; without one, it could use the server
         app.add_middleware(
             CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]
@@ -103,6 +104,7 @@ class Server:
         }
         completion = Completion(prompt, self.engine.tokenizer, identity)
         exchange.details = completion
+        # Decoded media wait in memory until the engine begins; too many are refused.
         self.room.check(prompt.bytes)
         begun = self.room.hold(prompt.bytes)
         exchange.ends.callback(begun)
@@ -188,6 +190,7 @@ async def _while_connected(
     # Nobody awaits a task whose client has left, so its exception is taken here.
     task.add_done_callback(lambda t: t.cancelled() or t.exception())
     try:
+        # Starlette does not tell handlers that a client has left: ask from time to time.
         while not (await asyncio.wait({task}, timeout=POLL))[0]:
             if await request.is_disconnected():
                 raise RequestError("the client went away.", CLIENT_LEFT)

@@ -127,6 +127,7 @@ class Engine:
                 self._wake.wait_for(lambda: len(self.waiting) or self._closed, pause)
                 if self._closed:
                     break
+                # Some milliseconds for a fuller batch.
                 deadline = time.monotonic() + self.wait
                 while len(self.waiting) < self.waiting.max_batch and time.monotonic() < deadline:
                     self._wake.wait(timeout=max(deadline - time.monotonic(), 0))
@@ -149,6 +150,7 @@ class Engine:
             self._well = True
             return
         except BaseException as error:
+            # Answers whose text has begun cannot start again.
             batch = [job for job in batch if not job.done]
             again = len(batch) > 1 and all(job.usage is None for job in batch)
             failed = False
@@ -162,6 +164,7 @@ class Engine:
         if failed:
             self._probe()
         if again:
+            # Halves find the request that fails, in log2(batch) steps, and the others get answers.
             for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
                 self._run(half)
 
@@ -282,6 +285,7 @@ class Rows(StoppingCriteria):
 
 
 def seen_by_modality(stats: Stats) -> list[Seen]:
+    # Stages at layers 0 and 4 of 16: widths 0, 4 and 12; 64 tokens, then 32, then 16 → mean 20.
     edges = [0, *stats.stage_layers, len(stats.layers)]
     widths = [stop - start for start, stop in itertools.pairwise(edges)]
     result = []
@@ -320,6 +324,7 @@ def sampling(request: Any, config: Any) -> dict[str, Any]:
     """
     values = {name: getattr(request, name) for name in SAMPLING}
     values = {name: value for name, value in values.items() if value is not None}
+    # Temperature 0 is greedy, as in OpenAI's API; a division by it would overflow.
     if values.get("temperature", 1.0) < COLDEST:
         return {"do_sample": False}
     if not values and not config.do_sample:

@@ -79,6 +79,7 @@ class PromptText:
         self.processor, self.max_model_len = processor, max_model_len
         self.tokenizer = copy.deepcopy(getattr(processor, "tokenizer", processor))
         self._lock = threading.Lock()
+        # No token has more characters than the longest entry: longer texts cannot fit.
         longest = max(map(len, self.tokenizer.get_vocab()), default=1)
         self.max_characters = min(longest * max_model_len, MAX_CHARACTERS)
         self._added = set(self.tokenizer.added_tokens_encoder.values())
@@ -119,6 +120,7 @@ class PromptText:
         tokens = self._tokens(text)
         if len(tokens) >= self.max_model_len:
             raise too_long(len(tokens), self.max_model_len)
+        # A client that writes placeholders itself would take the features of another request.
         expected: Counter[int] = Counter()
         for kind in kinds:
             expected.update(self.markers.get(kind, {}))
@@ -143,6 +145,7 @@ class PromptText:
             visual = int(sum(counts["num_image_tokens"]))
         except Exception:  # a size that the processor will refuse, with a better message
             return None
+        # Each image had one placeholder in the text.
         total = text_tokens - len(images) + visual
         if total >= self.max_model_len:
             raise too_long(total, self.max_model_len)

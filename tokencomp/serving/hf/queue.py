@@ -67,6 +67,7 @@ class Job:
     def group(self) -> tuple[Any, ...]:
         """Jobs of equal groups share a batch; those with a seed are alone in theirs."""
         request = self.prompt.request
+        # A seed sets the generators of the whole batch.
         alone = self.prompt.alone or (self.seed is not None and request.temperature != 0)
         sampling = [getattr(request, name) for name in SAMPLING]
         return self.prompt.spec, *sampling, id(self) if alone else None
@@ -98,6 +99,7 @@ class Job:
                 self.send("error", RequestError(error))
                 return
             stopped = self.text.stopped or (self.grammar is not None and self.grammar.ended)
+        # The end token counts as generated, as in vLLM.
         final = stopped or self.usage.completion >= self.max_tokens
         if final:
             new += self.text.finish()
@@ -133,6 +135,7 @@ class Waiting:
         waiting = [job for job in self.jobs if not job.cancelled]
         batch: list[Job] = []
         pixels = 0
+        # The oldest request decides the group, so that none waits for ever.
         for job in (j for j in waiting if j.group == waiting[0].group):
             pixels += job.prompt.pixels
             if batch and (len(batch) == self.max_batch or pixels > self.max_batch_pixels):

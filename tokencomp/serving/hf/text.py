@@ -56,6 +56,7 @@ class AnswerText:
         """Add a token; return text that later tokens can no longer change."""
         self._new.append(token)
         text = self._decode_new()
+        # Bytes of a character that is not complete wait for the next token.
         if text and not text.endswith(INCOMPLETE):
             self._before, self._new = self._new, []
             self._pending += text
@@ -78,6 +79,7 @@ class AnswerText:
         return self.tokenizer.decode(tokens, skip_special_tokens=True) if tokens else ""
 
     def _find_stop(self) -> None:
+        # The first of several stop texts ends the answer.
         places = [at for at in map(self._pending.find, self.stops) if at >= 0]
         if places:
             self._pending = self._pending[: min(places)]
@@ -135,6 +137,8 @@ class CallForm:
             text = render([asked, {**said, "tool_calls": [call, call]}, result], tools)
         except Exception:  # templates raise undocumented types
             return None
+        # parts: what precedes the first call, what is between the two calls, and the result after
+        # them.
         parts = re.split(WRITTEN, text[text.rfind(KEY * 2) + len(KEY * 2) :])
         if len(parts) != 3 or RESULT not in parts[2] or NAME not in text.partition(KEY * 2)[0]:
             return None
@@ -165,6 +169,7 @@ class Calls:
         content, known = "", len(self.found)
         self._pending += text
         while self._take_call(self.form.end, final) if self._inside else True:
+            # Content before the mark, then the call; white space between them belongs to neither.
             before, mark, after = self._pending.partition(self.form.begin)
             if not mark:
                 break

@@ -70,6 +70,7 @@ class VllmGuard(Guard):
         self.routers = roles.router_networks(self.rules.routers)
 
     async def other(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # No path of the server is one, and a handshake would pass the checks of requests.
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": "no such path"})
             return
@@ -150,6 +151,7 @@ class VllmGuard(Guard):
             answer = await self._about(scope, path, receive)
             await answer(scope, receive, exchange.send)
             return
+        # vLLM adds paths with its releases; those that nobody has checked stay closed.
         known = (*PATHS, *self.rules.paths)
         if not any(path == k or (k.endswith("/") and path.startswith(k)) for k in known):
             raise RequestError(f"no path {path!r}; this server has {', '.join(known)}.", 404)
@@ -162,10 +164,12 @@ class VllmGuard(Guard):
         self._check_running(exchange)  # the server may have begun to end meanwhile
         MutableHeaders(scope=scope)["X-Request-Id"] = exchange.id  # of which vLLM makes its own
         reply: Send = exchange.send
+        # The usage of the answer gets the counts, which are known when the prompt is processed.
         if path == CHAT:
             exchange.details, reply = Saved(), _SendSaved(exchange)
         failed = False
 
+        # A 500 during the shutdown becomes a 503, after which clients ask another server.
         async def send(message: Message) -> None:
             nonlocal failed
             failed = failed or (message.get("status") == 500 and self.draining)
@@ -269,6 +273,7 @@ class _SendSaved:
         if USAGE in body:
             saved = json.dumps(self.exchange.details.as_usage())
             body = body.replace(USAGE, b'%s"%s":%s,' % (USAGE, KEY.encode(), saved.encode()))
+        # The body has grown by the field.
         if self._start is not None:
             MutableHeaders(raw=self._start["headers"])["content-length"] = str(len(body))
             await self.exchange.send(self._start)

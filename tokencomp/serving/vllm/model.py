@@ -245,6 +245,7 @@ class CompressingModel:
 
     def _slice_items(self, kwargs: Mapping[str, Any], first: int, stop: int) -> dict[str, Any]:
         """Return the inputs of items `first … stop - 1`; what all items share stays whole."""
+        # Pixels are rows of all items together; grids and plans have one entry per item.
         rows = self.pixel_rows(kwargs)
         pixels = slice(first, stop) if rows is None else slice(sum(rows[:first]), sum(rows[:stop]))
         return {

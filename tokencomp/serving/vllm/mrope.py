@@ -160,6 +160,9 @@ class MRopeModel(CompressingModel):
         """
         pieces: list[np.ndarray] = []
         start = position = 0
+        # Text t, an item of extent 4 with 2 kept rows (r), text:
+        #     tokens     t0 t1  r  r  t2 t3
+        #     positions   0  1  2  2   6  7      rows at the base 2, until their offsets are added
         for feature in sorted(mm_features, key=lambda f: f.mm_position.offset):
             text = feature.mm_position.offset - start
             pieces.append(_text(text, position))

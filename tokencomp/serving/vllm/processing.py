@@ -111,6 +111,7 @@ class CompressingProcessor:
                 f"{plan.modality}: the engine expects {sum(media)} tokens, the plan {plan.full}"
             )
         spans = zip(plan.spans, plan.keep, strict=True)
+        # Spans 4 and 4, keep 2 and 3: placeholders x x · · x x x ·; text between them stays.
         stays = iter([i < keep for span, keep in spans for i in range(span.length)])
         ids = [
             token for token, is_media in zip(ids, media, strict=True) if not is_media or next(stays)
@@ -176,6 +177,7 @@ class CompressingProcessor:
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Process a request, check its options and positions, and count its tokens."""
+        # Options like `max_pixels` of a request would enlarge media beyond the limits.
         others = sorted(self._plain(inputs.hf_processor_mm_kwargs))
         if others and self._options.only_own:
             raise OptionError(
@@ -202,6 +204,7 @@ class CompressingProcessor:
         spec = self._spec(inputs.hf_processor_mm_kwargs)
         kwargs = self._plain(inputs.hf_processor_mm_kwargs)
         kwargs[KEY] = {**(cache_key(spec, self._facts) if spec.active else {}), **self._layout}
+        # The part of the limit of pixels differs by request, and changes no pixel of an item.
         reading = {
             modality: {name: v for name, v in options.items() if name != PIXELS}
             for modality, options in inputs.media_io_kwargs.items()
@@ -231,6 +234,7 @@ class CompressingProcessor:
         if spec.repeats is None:
             return [None] * count
         cached, memory = list[bool](), LastKept()
+        # Items in caches are not processed again, but new ones are compared with them.
         if isinstance(options, Compared) and any(options.cached[modality]):
             if (known := self._kept.after(options.earlier(modality))) is not None:
                 memory = known

@@ -31,6 +31,8 @@ def frame_offsets(media: np.ndarray, h: int, w: int) -> np.ndarray:
 
     A frame advances the position by max(h, w), a text token between frames by 1.
     """
+    # Frames of 1 × 2 patches (m) after text (t):
+    #     t m m t m m      done 0 0 1 2 2 3      offsets of time 0 1 1 3 4 4
     done = np.cumsum(media) - media  # number of patches before every token
     base = np.arange(len(media)) - done + done // (h * w) * max(h, w)
     inside = done % (h * w)

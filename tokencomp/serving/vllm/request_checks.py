@@ -104,6 +104,7 @@ class Checked:
         left, files = check_media(request.media, rules.limits, deadline, rules.remote_media)
         given = request.media_io_kwargs or {}
         video = given.get("video") or {}
+        # Video files are decoded later, in vLLM: each gets its part of the pixels that are left.
         if files and rules.chosen_frames and isinstance(video, dict):
             fields["media_io_kwargs"] = {**given, "video": {**video, PIXELS: left // files}}
         if self.method is not None:
@@ -152,6 +153,7 @@ def _check_no_media(fields: dict[str, Any]) -> None:
 
 
 def _nested(value: Any) -> Iterator[Any]:
+    # A loop instead of recursion: a client chooses the depth.
     waiting = [value]
     while waiting:
         value = waiting.pop()

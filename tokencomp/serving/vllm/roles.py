@@ -103,6 +103,7 @@ def role_of(config: Any, params: Any) -> str:
         return ENCODE
     asked = params if isinstance(params, dict) else {}
     kind = getattr(getattr(config, "kv_transfer_config", None), "kv_role", None)
+    # What the request says precedes the config: connectors of both kinds serve both.
     if asked.get("do_remote_decode") or kind == "kv_producer":
         return PREFILL
     return DECODE if asked.get("do_remote_prefill") or kind == "kv_consumer" else ALL

@@ -83,6 +83,7 @@ def wide_size(dim: int) -> int:
     least = dim + extra_dims(dim)
     if not current_platform.is_cpu():
         return least
+    # The CPU backend has kernels for some sizes only.
     sizes = AttentionBackendEnum.CPU_ATTN.get_class().get_supported_head_sizes()
     return min(size for size in sizes if size >= least)
 
