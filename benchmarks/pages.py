@@ -21,7 +21,6 @@ from benchmarks.accuracy.store import ACCURACY
 from benchmarks.accuracy.studies import baselines, choose, tower
 from benchmarks.experiment import Files, write
 from benchmarks.frontier import page as frontier
-from benchmarks.gpu import recompute
 from benchmarks.kernels import roofline
 from benchmarks.long import choice as long_choice
 from benchmarks.long import page as long_answers
@@ -31,7 +30,7 @@ from tokencomp.cli import one_message
 
 MODULES = """
 clicks.__main__ files.accuracy files.clock files.stream kernels.calls kernels.weights
-models.decoding models.prefill models.tower models.total nlvr.__main__ real.run real.candidates
+models.decoding models.prefill models.tower models.total nlvr.__main__ real.run
 real.clip_answers real.clips screens.__main__ screens.answers screens.receipts serving.attacker
 serving.burst serving.clients serving.ratio_zero serving.run sounds.run
 """
@@ -50,7 +49,6 @@ PAGES: dict[str, Callable[[], Files]] = {
     },
     "long": long_answers.files,
     "long/choice": lambda: long_choice.files(long_answers.FOLDER),
-    "readers": recompute.files,
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.accuracy.packed import PackedAnswers, read_sweep, write_sweep
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.runs import EvalRun
-from tokencomp.evaluation.settings import FULL, RANDOM, Setting
+from tokencomp.evaluation.settings import FULL, RANDOM, Setting, label_of
 from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.pages.lost import LostItem
 from tokencomp.zoo import metrics
@@ -150,6 +150,31 @@ class Results:
         setting = self.settings[label]
         by_modality = setting.get("achieved", {})
         return by_modality.get(kind, min([*by_modality.values(), setting["achieved_ratio"]]))
+
+
+@dataclass(frozen=True)
+class OneKind(Results):
+    """Results whose questions are all about one modality, which counts as "images"."""
+
+    def select(self, kind: str, families: Iterable[str] | None = None) -> list[int]:
+        allowed = None if families is None else {*families}
+        names = enumerate(self.answers.questions.families)
+        return [i for i, name in names if kind != "videos" and (allowed is None or name in allowed)]
+
+
+def as_results(stored: dict[str, Any], model: str, about: dict[str, Any]) -> OneKind:
+    """Rows and answers of learned families (`benchmarks.real`), in the form that is ranked."""
+    answers = PackedAnswers.from_json(stored["answers"])
+    rows = {FULL: {"reducer": FULL, "run": 0}}
+    correct = {FULL: answers.correct[FULL]}
+    for row in stored["rows"]:
+        if row["reducer"] != FULL:
+            label = label_of(row["reducer"], f"{row['ratio']:g}", row["options"])
+            rows[label] = {"reducer": row["reducer"], "ratio": row["ratio"], "run": 0}
+            correct[label] = answers.correct[row["label"]]
+    count, families = len(answers.questions), tuple(dict.fromkeys(answers.questions.families))
+    known = {"model": model, "split": "validation", "items": count, "runs": [about]}
+    return OneKind({**known, "settings": rows}, PackedAnswers(answers.questions, correct), families)
 
 
 def learned_families(validation: dict[str, Any]) -> tuple[str, ...]:

@@ -6,7 +6,8 @@
 
 It needs one GPU with 24 GB and a checkout without changes. FOLDER holds a model that `patch`
 supports. Stop it at any time: the same command runs the parts that are not done. Every
-part writes its files and a log into a folder of its own, and `manifest.json` says how each ended.
+part writes its files and a log into a folder of its own; `manifest.json` and the page README.md say
+how each ended.
 `docs/gpu.md` says what each part answers.
 """
 
@@ -18,16 +19,14 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from benchmarks import publishing
-from benchmarks.gpu.contribution import FORMAT, Origin, Strict
 from benchmarks.gpu.load import stop
 from benchmarks.publishing import changed_code, environment
 from tokencomp.errors import OptionError, TokenCompError
@@ -35,6 +34,22 @@ from tokencomp.inputs.packaged import DEFAULT_MODEL
 from tokencomp.storage import write_text
 
 MANIFEST = "manifest.json"
+
+
+class Strict(BaseModel):
+    """A part of a manifest: other fields than those named are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Origin(Strict):
+    """Where the numbers come from."""
+
+    model: str
+    date: str
+    commit: str = Field(pattern=r"^[0-9a-f]{40}$", description="Of a checkout without changes.")
+    versions: dict[str, str]
+    hardware: dict[str, Any]
 
 
 class PartRun(Strict):
@@ -49,9 +64,9 @@ class PartRun(Strict):
 
 
 class HourFile(Strict):
-    """The manifest of one folder under `results/hour/`."""
+    """The manifest of one hour."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     about: Origin
     rehearsal: bool
     parts: list[PartRun]
@@ -74,21 +89,19 @@ def read_hour(path: Path) -> HourFile:
     return hour
 
 
-def hours_page(hours: Sequence[tuple[str, HourFile]]) -> str:
-    """Markdown of all first hours; each comes with the name of its folder."""
-    lines = ["\n## The first hour on a GPU\n", "`python -m benchmarks.gpu.hour --model FOLDER`\n"]
-    for name, hour in hours:
-        about = hour.about
-        gpus = ", ".join(about.hardware.get("gpus") or ["no GPU"])
-        rows = [
-            [part.question, f"[{part.name}](hour/{name}/{part.name})", part.status,
-             f"{part.seconds / 60:.1f} of {part.minutes:g}"]
-            for part in hour.parts
-        ]  # fmt: skip
-        head = ("question", "part", "status", "minutes")
-        facts = f"{gpus}; {about.model}; commit {about.commit[:9]}; {about.date[:10]}."
-        lines += [facts, "", publishing.table(head, rows), ""]
-    return "\n".join(lines if hours else [*lines, "No GPU has run it yet.\n"])
+def page(hour: HourFile) -> str:
+    """Markdown of one hour, for the folder of its files."""
+    about = hour.about
+    gpus = ", ".join(about.hardware.get("gpus") or ["no GPU"])
+    rows = [
+        [part.question, f"[{part.name}]({part.name})", part.status,
+         f"{part.seconds / 60:.1f} of {part.minutes:g}"]
+        for part in hour.parts
+    ]  # fmt: skip
+    table = publishing.table(("question", "part", "status", "minutes"), rows)
+    facts = f"{gpus}; {about.model}; commit {about.commit[:9]}; {about.date[:10]}."
+    command = "`python -m benchmarks.gpu.hour --model FOLDER`"
+    return f"# The first hour on a GPU\n\n{command}\n\n{facts}\n\n{table}\n"
 
 
 PYTHON, TOKENCOMP = (sys.executable, "-m"), (sys.executable, "-m", "tokencomp")
@@ -140,7 +153,7 @@ def parts(model: str | None, folder: Path) -> tuple[Part, ...]:
     weights = (*weights, str(folder / "weights" / "decoding.jsonl"))
     accuracy = (*TOKENCOMP, "eval", "--data", "shapesqa", "--tasks", "shapesqa")
     accuracy = (*accuracy, "--output", files["accuracy"])
-    serving = (*PYTHON, "benchmarks.gpu.serve_table", "--runs", files["serving"])
+    serving = (*PYTHON, "benchmarks.gpu.serve", "--out", f"{files['serving']}/loads.jsonl")
     vllm = importlib.util.find_spec("vllm") is not None
     engine = "vllm" if vllm else "hf"
     clients = (*PYTHON, "benchmarks.serving.clients", "--allow-dirty")
@@ -197,7 +210,9 @@ def parts(model: str | None, folder: Path) -> tuple[Part, ...]:
         Part(
             "serving", "How many more requests per second does a server answer?", 10,
             (*serving, "--model", str(model), "--engine", engine),
-            (*serving, "--model", DEFAULT_MODEL, "--engine", "hf", "--trial"), needs_model=True,
+            (*serving, "--engine", "hf", "--side", "112", "--tokens", "2", "--clients", "1", "2",
+             "--least", "2", "--per-client", "1", "--images", "1"),
+            needs_model=True,
         ),
         *([under_load] if vllm else []),
     )  # fmt: skip
@@ -265,6 +280,7 @@ def hour(model: str | None, folder: Path, rehearse: bool) -> HourFile:
         ordered = [ended[one.name] for one in every if one.name in ended]
         file = file.model_copy(update={"parts": ordered})
         write_text(folder / MANIFEST, file.model_dump_json(indent=1) + "\n")
+        write_text(folder / "README.md", page(file))
     return file
 
 
@@ -305,7 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
     except TokenCompError as error:
         print(f"error: {error}")
         return 2
-    print(f"{folder / MANIFEST}: see results/README.md")
+    print(f"{folder}: docs/gpu.md says how to send it")
     return int(any(part.status in ("failed", "out of time") for part in file.parts))
 
 

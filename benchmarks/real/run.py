@@ -24,9 +24,6 @@ from benchmarks.accuracy.report import BASELINES
 from benchmarks.accuracy.run import tower_once
 from benchmarks.accuracy.store import MARGIN, STORED_DEFAULT
 from benchmarks.experiment import Experiment
-from benchmarks.gpu import contribution
-from benchmarks.gpu.contribution import Row, row_of
-from benchmarks.gpu.recompute import runs_of
 from benchmarks.publishing import TABLES, interval_columns, provenance, table
 from recipes.photographs.build import FOLDER
 from recipes.photographs.items import LETTERS, StampItem, item, items
@@ -36,7 +33,7 @@ from recipes.photographs.sources import FURTHER, NAMES, TUXPAINT, Photos
 from recipes.tiny.evaluate import blind_guess
 from tokencomp.evaluation.comparisons import comparisons
 from tokencomp.evaluation.runner import sweep
-from tokencomp.evaluation.runs import EvalRun
+from tokencomp.evaluation.runs import EvalRun, averaged
 from tokencomp.evaluation.settings import DOWNSCALE, FULL, MERGE, RANDOM, Setting, label_of
 from tokencomp.inputs.questions import Example
 from tokencomp.method import DEFAULT_REDUCER
@@ -92,8 +89,24 @@ def packed(runs: dict[Setting, EvalRun], frames: int = 1) -> dict[str, Any]:
     """Rows of cost, and one bit per question and setting; pictures count as one frame."""
     for run in runs.values():
         run.manifest["identity"]["frames"] = frames
-    labelled = {contribution.label_of(run): run for run in runs.values()}
-    rows = [row_of(label, run) for label, run in labelled.items()]
+    labelled = {
+        run.label + ("" if run.identity["reducer"] == FULL else f" at {run.ratio:g}"): run
+        for run in runs.values()
+    }
+    rows = [
+        {
+            "label": label,
+            **{k: run.identity[k] for k in ("reducer", "ratio", "options", "frames")},
+            "reached": run.mean("ratio"),
+            "visual_tokens": run.mean_tokens,
+            "flops": run.mean("flops"),
+            "kv_bytes": run.mean("kv_bytes"),
+            "seconds": run.mean("seconds"),
+            "failed": len(run.failed),
+            "scores": {},
+        }
+        for label, run in labelled.items()
+    ]
     return {"rows": rows, "answers": PackedAnswers.of(labelled, FULL).to_json()}
 
 
@@ -223,8 +236,20 @@ def page(results: dict[str, Any], head: str = HEAD) -> str:
 
 
 def read_runs(results: dict[str, Any]) -> list[EvalRun]:
-    rows = [Row.model_validate(row) for row in results["rows"]]
-    return runs_of(rows, PackedAnswers.from_json(results["answers"]))
+    """The runs behind stored answers, `averaged`, with a bit in place of each answer."""
+    packed, out = PackedAnswers.from_json(results["answers"]), []
+    names = zip(packed.questions.ids, packed.questions.families, strict=True)
+    items = [{"id": name, "family": family} for name, family in names]
+    for row in results["rows"]:
+        label = row["label"]
+        bits = zip(items, packed.correct[label], packed.agrees[label], strict=True)
+        records = [
+            {**item, "correct": right, "prediction": "" if same else "another"}
+            for item, right, same in bits
+        ]
+        identity = {k: row[k] for k in ("reducer", "ratio", "options")}
+        out.append(EvalRun(None, records, {"identity": identity, "row": row}))
+    return averaged(out)
 
 
 def overview(runs: Sequence[EvalRun]) -> str:
@@ -268,9 +293,9 @@ def records(results: dict[str, Any]) -> list[dict[str, Any]]:
         shown = {
             "method": run.label,
             "ratio": run.ratio,
-            "frames": row.frames,
-            "reached": row.reached,
-            "visual_tokens": row.visual_tokens,
+            "frames": row["frames"],
+            "reached": row["reached"],
+            "visual_tokens": row["visual_tokens"],
             "accuracy": run.mean("correct"),
         }
         for name in ("full", "random", "downscale"):
@@ -282,8 +307,8 @@ def records(results: dict[str, Any]) -> list[dict[str, Any]]:
             | {
                 "where_downscale_fails": against.detail,
                 "same_answer": against.agreement,
-                "flops": row.flops / full.flops,
-                "kv_bytes": row.kv_bytes / full.kv_bytes,
+                "flops": row["flops"] / full["flops"],
+                "kv_bytes": row["kv_bytes"] / full["kv_bytes"],
                 "departs_from_paper": deviation.get(label, ""),
                 **{f"family_{family}": accuracy(run, family) for family in families},
             }

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy.run import RATIOS, tower_once
-from benchmarks.accuracy.store import MARGIN
+from benchmarks.accuracy.store import MARGIN, as_results
 from benchmarks.accuracy.studies.ranking import Candidate, answered, choice_table, rank, title
 from benchmarks.experiment import Experiment
 from benchmarks.publishing import provenance
-from benchmarks.real.candidates import as_results
 from benchmarks.real.run import (
     SEEDS,
     by_family,

@@ -12,8 +12,6 @@ import pytest
 
 from benchmarks import pages
 from benchmarks.experiment import Experiment
-from benchmarks.gpu import recompute
-from benchmarks.gpu.contribution import read
 from benchmarks.publishing import LOST, MARK, published_from, version
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.environment import git
@@ -23,7 +21,7 @@ BENCHMARKS = ROOT / "benchmarks"
 SLOW = (
     "accuracy/baselines", "accuracy/chance", "accuracy/choice", "accuracy/counting",
     "accuracy/hard", "accuracy/long", "accuracy/results", "accuracy/tower", "accuracy/unseen",
-    "real/clip_answers", "real/clips", "real/merging", "real/results", "sounds/results",
+    "real/clip_answers", "real/clips", "real/results", "sounds/results",
 )  # fmt: skip
 
 
@@ -38,12 +36,6 @@ def test_pages_are_those_of_the_results(name: str) -> None:
             assert len(text.splitlines()) > 1, path
         else:
             assert path.read_text() == text, path
-
-
-def test_tables_of_readers_are_what_the_sent_files_give() -> None:
-    assert recompute.main(["--check"]) == 0
-    for path in recompute.ROOT.glob("*/*.json"):
-        assert read(path).table == path.parent.name
 
 
 PAGES = sorted(

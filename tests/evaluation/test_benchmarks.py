@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from support.console import run
 
-from benchmarks.gpu.catalogue import TABLES
 from tokencomp.errors import OptionError
 from tokencomp.lmms import data as bench_data
 from tokencomp.lmms.data import SHAPESQA_ID, LocalData, write_shapesqa
@@ -130,21 +129,6 @@ def test_eval_runs_lmms_evals_tasks(done, data, tmp_path):
 
 def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
-
-
-@needs_lmms
-@pytest.mark.slow
-@pytest.mark.long
-@pytest.mark.parametrize("name", TABLES)
-def test_every_gpu_table_has_a_trial(name, tmp_path):
-    """The command of a published table takes all its steps on the embedded model."""
-    done = launch("benchmarks.gpu.tables", name, "--dry-run", "--runs", tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "the trial took every step" in done.stdout
-    folder = tmp_path / "dry-run" / name
-    steps = len(TABLES[name].steps)
-    assert sorted(p.name for p in folder.iterdir()) == [f"step-{n}" for n in range(steps)]
-    assert all((folder / f"step-{n}/full/records.jsonl").exists() for n in range(steps))
 
 
 @needs_lmms

@@ -22,7 +22,7 @@ import torch
 from benchmarks import publishing
 from benchmarks.accuracy.report import page_folder, table
 from benchmarks.accuracy.run import MODELS, answer_all
-from benchmarks.accuracy.store import RESULTS, Results, read_all
+from benchmarks.accuracy.store import RESULTS, OneKind, Results, as_results, read_all
 from benchmarks.accuracy.studies.ranking import (
     Candidate,
     answered,
@@ -38,7 +38,6 @@ from benchmarks.accuracy.studies.ranking import (
 )
 from benchmarks.experiment import Files, write
 from benchmarks.long.answers import STEPS
-from benchmarks.real import candidates as real
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import MERGE, Setting
 from tokencomp.zoo.shapesqa.items import FRAMES
@@ -78,9 +77,16 @@ UNWEIGHTED: Candidate = ("condiv", {"merge_rest": -1.0})
 WEIGHTED: Candidate = ("condiv", {"merge_rest": -1.0, "proportional_attention": True})
 """The default with `merge=True`, as release 0.1 wrote it; stored results, never run again."""
 MERGED = [two for one in (UNWEIGHTED, WEIGHTED) for two in (by_modality(one, VIDEOS), one)]
+MERGING: list[Candidate] = [
+    ("kcenter", {}),
+    ("kcenter", {MERGE: True}),
+    ("scope", {"saliency": "none"}),
+    ("scope", {"saliency": "none", MERGE: True}),
+]
+"""Need neither training nor attention of the decoder; `kcenter` is the default on images."""
 LOCATION: Candidate = ("scope", {"saliency": "none", MERGE: True})
 ASKED = [
-    *real.CANDIDATES,
+    *MERGING,
     ("selector", {"pick": "mmr"}),
     ("selector", {"pick": "mmr", MERGE: True}),
 ]
@@ -91,6 +97,8 @@ AGAINST = [
     WEIGHTED,
     *ASKED,
 ]
+FORMER = "real-fastvlm"
+"""A model of photographs that is not asked any more."""
 LEFT_OUT = ("tiny-gemma3", "tiny-qwen3-5", "tiny-qwen3-vl-hard", "real-fastvlm-448")
 """Models that take no part in the choice, and which `--merging` asks about merging alone."""
 SCORED: list[Candidate] = [VIDEOS, ("condiv", {**VIDEOS[1], MERGE: True})]
@@ -102,7 +110,14 @@ QUESTION_FAMILIES = (
 
 def evidence(folder: Path) -> list[Results]:
     """Validation results of the models in a folder, and of photographs."""
-    return [*read_all(folder, "validation"), real.photographs(), real.photographs(real.RESULTS)]
+    asked = {FORMER: "candidates", f"{FORMER}-448": "merging"}
+    return [*read_all(folder, "validation"), *(photographs(*one) for one in asked.items())]
+
+
+def photographs(model: str, name: str) -> OneKind:
+    """Stored answers about photographs."""
+    stored = publishing.read(publishing.FOLDER / "real" / f"{name}.json")
+    return as_results(stored, model, stored["environment"])
 
 
 def files(folder: Path = RESULTS) -> Files:
@@ -122,10 +137,10 @@ def files(folder: Path = RESULTS) -> Files:
     short = json.loads(data, parse_float=lambda text: round(float(text), 6))
     waiting = [title(c) for c in CANDIDATES if c not in ready]
     default: Candidate = (chosen["reducer"], chosen["options"])
-    of_others = [by_modality(one, VIDEOS) for one in real.CANDIDATES] + SCORED
+    of_others = [by_modality(one, VIDEOS) for one in MERGING] + SCORED
     groups = [
         *(ranked(results, [default, *more]) for more in (MERGED, AGAINST)),
-        *(ranked(others, more) for more in (real.CANDIDATES, of_others)),
+        *(ranked(others, more) for more in (MERGING, of_others)),
     ]
     merging = [one.text for one in groups[:2] if one]
     later = [one.text for one in groups[2:] if one]
@@ -187,7 +202,7 @@ def ranked(results: list[Results], candidates: list[Candidate]) -> Ranked | None
 
 def over_all(results: list[Results], others: list[Results]) -> list[str]:
     """Dropping and merging on images, over all models, and over those that still exist."""
-    present = [one for one in results if one.manifest["model"] != real.MODEL]
+    present = [one for one in results if one.manifest["model"] != FORMER]
     every = {"all": results, "all but the former model of photographs": present}
     rows = [
         row
@@ -204,7 +219,7 @@ def against_merging(
     what: str, results: list[Results], others: list[Results], limited: bool
 ) -> list[list[str]]:
     """Dropping against merging on images; `limited`: up to 0.9 alone."""
-    dropping, merging = real.CANDIDATES[:2]
+    dropping, merging = MERGING[:2]
     default, scored = by_modality(dropping, VIDEOS), [r for r in others if answered([r], VIDEOS)]
 
     def images(merged: Candidate) -> Candidate:
@@ -287,7 +302,7 @@ def asked(args: argparse.Namespace, model: str) -> list[Candidate]:
         return CANDIDATES
     if model not in LEFT_OUT:
         return ASKED
-    return [*real.CANDIDATES, *(SCORED if model != "tiny-qwen3-5" else ())]
+    return [*MERGING, *(SCORED if model != "tiny-qwen3-5" else ())]
 
 
 def main() -> None:
