@@ -29,10 +29,10 @@ from benchmarks.publishing import FOLDER
 from tokencomp.cli import one_message
 
 MODULES = """
-clicks.__main__ files.accuracy files.clock files.stream kernels.calls kernels.weights
+clicks.__main__ files.clock files.stream kernels.calls kernels.weights
 models.decoding models.prefill models.tower models.total nlvr.__main__ real.run
-real.clip_answers real.clips screens.__main__ screens.answers screens.receipts serving.attacker
-serving.burst serving.clients serving.ratio_zero serving.run sounds.run
+real.clip_answers real.clips screens.answers screens.receipts serving.attacker
+serving.burst serving.clients serving.ratio_zero serving.run
 """
 EXPERIMENTS = [import_module(f"benchmarks.{name}").EXPERIMENT for name in MODULES.split()]
 SETS = ("results", "unseen", "counting", "chance", "hard", "long")

@@ -25,7 +25,6 @@ import tokencomp
 from benchmarks.accuracy.run import tower_once
 from benchmarks.experiment import Experiment
 from benchmarks.publishing import table
-from benchmarks.screens.cells import CELL, copies, flat
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.coverage import Box, load_boxes, touched, words_kept
 from tokencomp.inputs.loading import load_model
@@ -36,6 +35,9 @@ from tokencomp.reducers.pixelprune import unpredicted_cells
 from tokencomp.reducers.registry import make_reducer
 
 MODEL = "tiny-qwen3-vl-hard"
+CELL = 32
+"""Pixels a side of one visual token of Qwen3-VL."""
+FLAT = 40  # range of values under which a cell of a scan counts as nearly flat
 QUESTION = "What is the total?"
 RATIOS = (0.3, 0.5, 0.75)
 COUNTED = (784, 1280)  # tokens per page at most
@@ -83,6 +85,24 @@ def resized(image: Image.Image, tokens: int) -> Tensor:
     width, height = (max(1, int(side * scale / CELL)) * CELL for side in image.size)
     shrunk = image.resize((width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(shrunk).copy())
+
+
+def copies(one: Tensor) -> Tensor:
+    """Cells that equal an earlier cell of the picture in every bit, bool (rows, columns)."""
+    cells = cells_of(one, CELL)
+    seen: set[bytes] = set()
+    out = torch.zeros(cells.shape[:2], dtype=torch.bool)
+    for k, cell in enumerate(cells.flatten(0, 1).numpy()):
+        value = cell.tobytes()
+        out.view(-1)[k] = value in seen
+        seen.add(value)
+    return out
+
+
+def flat(one: Tensor) -> Tensor:
+    """Cells whose values of one colour lie within `FLAT` of each other, bool (rows, columns)."""
+    cells = cells_of(one, CELL).unflatten(-1, (-1, 3)).short()
+    return (cells.amax(2) - cells.amin(2)).amax(-1) <= FLAT
 
 
 def counts(receipt: Receipt, tokens: int) -> dict[str, float]:

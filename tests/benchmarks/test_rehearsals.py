@@ -16,9 +16,7 @@ from support.photographs import Drawings, toy
 
 from benchmarks.models import prefill
 from benchmarks.real import run
-from benchmarks.sounds import run as sounds
 from recipes.photographs.model import build_processor
-from recipes.sounds import model as listener
 from tokencomp.storage import write_json
 
 ROOT = Path(__file__).parents[2]
@@ -50,22 +48,6 @@ def test_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {r["method"]: r for r in csv.DictReader(data.splitlines())}
     assert rows["downscale"]["visual_tokens"] == "49" and "random (3 seeds)" in rows
     assert f"| auto | {float(rows['auto']['accuracy']):.1%} |" in text
-
-
-def test_sounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every method reaches its ratio on clips; faster clips have as few tokens."""
-    monkeypatch.setattr(sounds, "MARGIN", -1.0)
-    tokenizer = listener.build_tokenizer(tmp_path)
-    model, processor = listener.build(tokenizer).eval(), listener.build_processor(tokenizer)
-    results = sounds.answer(model, processor, 1, 6, tmp_path / "runs", sounds.settings((0.75,)))
-    path = write_json(tmp_path / "r.json", {"environment": FACTS, "training": FACTS, **results})
-    assert "| fusion | " in sounds.EXPERIMENT.files(path)[tmp_path / "README.md"]
-    for split in ("validation", "test"):
-        rows = {row["label"]: row for row in results[split]["rows"]}
-        assert len(rows) == 1 + 3 + len(sounds.METHODS)
-        assert rows.pop("full")["visual_tokens"] == listener.TOKENS
-        for label, row in rows.items():
-            assert row["reached"] == pytest.approx(0.75, abs=0.01), label
 
 
 def test_prefill_of_real_shapes() -> None:
