@@ -2,8 +2,6 @@
 
     python -m benchmarks.long answer              # → images.json, clips.json
     python -m benchmarks.long forced              # → forced.json
-    python -m benchmarks.long confirm renderer    # → other-renderer.json
-    python -m benchmarks.long confirm family --model FOLDER   # → second-family.json
     python -m benchmarks.long page                # → README.md
     python -m benchmarks.long choice              # → choice.md, choice.json
     python -m benchmarks.long answer --split validation --only auto condiv kcenter
@@ -33,7 +31,6 @@ from benchmarks.long.answers import (
     pack,
     path_of,
 )
-from benchmarks.long.confirm import CONFIRMATIONS, confirm
 from benchmarks.long.page import FOLDER, MODEL, files
 from tokencomp import zoo
 from tokencomp.cli import one_message
@@ -50,8 +47,7 @@ CONTINUED = ("auto", "kcenter", "condiv", "fastv", "uniform")
 
 def main() -> None:
     parser = publishing.parser(__doc__, FOLDER, report=False)
-    parser.add_argument("what", choices=("answer", "forced", "confirm", "page", "choice"))
-    parser.add_argument("name", nargs="?", choices=[*CONFIRMATIONS], help="what confirms")
+    parser.add_argument("what", choices=("answer", "forced", "page", "choice"))
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--model", default=MODEL, help="embedded model, or a folder")
     parser.add_argument("--kinds", nargs="*", default=[*KINDS], choices=[*KINDS])
@@ -65,11 +61,6 @@ def main() -> None:
         answer(args)
     elif args.what == "forced":
         write_forced(args)
-    elif args.what == "confirm":
-        if args.name is None:
-            parser.error(f"confirm what? One of {', '.join(CONFIRMATIONS)}.")
-        facts = publishing.published_from(args.out, args.allow_dirty)
-        confirm(args.name, _loaded(args.model), args.out, BUILD / "runs", args.batch, facts)
     else:
         write(choice.files(args.out) if args.what == "choice" else files())
 

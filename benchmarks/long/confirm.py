@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations, count, islice
-from pathlib import Path
-from typing import Any
+from itertools import combinations
 
 from benchmarks.long.answers import (
     DEFAULT,
@@ -14,109 +11,17 @@ from benchmarks.long.answers import (
     RATIOS,
     Answers,
     Group,
-    ask,
     group_name,
     methods_of,
 )
-from benchmarks.long.redrawn import redrawn
-from benchmarks.publishing import environment, table
+from benchmarks.publishing import table
 from tokencomp.evaluation.metrics import Difference, difference
-from tokencomp.evaluation.settings import DOWNSCALE, FULL, MERGE, RANDOM, UNIFORM, Setting
-from tokencomp.zoo.shapesqa.long_scenes import SIDE, LongItem, item
+from tokencomp.evaluation.settings import FULL
 
 KIND = "images"
-Asked = tuple[tuple[str, dict[str, Any]], ...]
-_MERGED: dict[str, Any] = {MERGE: True}
-
-
-@dataclass(frozen=True)
-class Confirmation:
-    """What is asked again, and where the answers are stored.
-
-    Attributes
-    ----------
-    file
-        Name of the file of answers.
-    each
-        Questions of a family.
-    families
-        Families of questions about pictures.
-    methods
-        Reducers with their options, at all of `RATIOS`.
-    other : bool
-        Whether pictures are drawn by `redrawn`.
-    sides, most
-        Sides of the pictures that are asked about, and their largest number of objects.
-    """
-
-    file: str
-    each: int
-    families: tuple[str, ...]
-    methods: Asked
-    other: bool
-    sides: tuple[int, ...] = SIDE
-    most: int = 12
-
-    def settings(self) -> list[Setting]:
-        """The full model first; smaller pictures replace what the tower gave: they come last."""
-        return [Setting(), *(Setting(n, r, dict(o)) for n, o in self.methods for r in RATIOS)]
-
-    def items(self, split: str, families: Sequence[str] = (), each: int = 0) -> list[LongItem]:
-        """The first items of every family whose pictures fit."""
-        out = []
-        for family in families or self.families:
-            every = (item(split, family, k) for k in count())
-            out += islice(filter(self._fits, every), each or self.each)
-        return [redrawn(one) for one in out] if self.other else out
-
-    def _fits(self, one: LongItem) -> bool:
-        scene = one.scenes[0]
-        return scene.width in self.sides and len(scene.things) <= self.most
-
-
-CONFIRMATIONS = {
-    "renderer": Confirmation(
-        "other-renderer.json",
-        24,
-        ("describe", "count", "read", "compare"),
-        (
-            (DEFAULT, {}), ("condiv", {}), ("condiv", _MERGED), ("kcenter", {}),
-            (RANDOM, {}), (UNIFORM, {}), (DOWNSCALE, {}),
-        ),
-        other=True,
-    ),
-    "family": Confirmation(
-        "second-family.json",
-        100,
-        ("describe", "count"),
-        (
-            (DEFAULT, {}), ("condiv", {}), ("condiv", _MERGED), ("kcenter", _MERGED),
-            ("fastv", {}), (RANDOM, {}), (UNIFORM, {}),
-        ),
-        other=False,
-        sides=SIDE[:1],
-        most=6,
-    ),
-}  # fmt: skip
-
-
-def confirm(
-    name: str, loaded: tuple[Any, Any], folder: Path, build: Path, batch: int, facts: dict[str, Any]
-) -> None:
-    """Ask, and store the answers."""
-    how = CONFIRMATIONS[name]
-    items = how.items("test")
-    runs = ask(*loaded, items, how.settings(), build / name, batch)
-    texts, reached = {}, {}
-    for setting, run in runs.items():
-        said = {record["id"]: record["prediction"] for record in run.answered}
-        texts[setting.label] = [said[one.id] for one in items]
-        reached[setting.label] = round(float(run.summary().get("achieved_ratio", 0.0)), 4)
-    stored = Answers()
-    stored.add(KIND, [one.id for one in items], texts, reached, {**environment(), **facts})
-    stored.write(folder / how.file)
-
-
+FILES = {"renderer": "other-renderer.json", "family": "second-family.json"}
+"""Stored answers, by what was asked again."""
+FAMILIES = {"renderer": ("describe", "count", "read", "compare"), "family": ("describe", "count")}
 Labels = Mapping[str, Mapping[float, list[str]]]
 FIRST = 3
 """Methods whose order is compared."""
@@ -124,7 +29,7 @@ FIRST = 3
 
 def section(name: str, first: Answers, here: Answers) -> str:
     """One confirmation, in Markdown: shares of facts, and differences of the first methods."""
-    families = CONFIRMATIONS[name].families
+    families = FAMILIES[name]
     group, labels = Group.of(here, KIND), methods_of(here, KIND)
     right = ", ".join(
         f"{family} {Group.of(here, KIND, (family,)).shares([FULL])['right']:.1%}"
@@ -220,20 +125,22 @@ _NAMES = {
 _HEADS = {
     "renderer": """## Another renderer
 
-`python -m benchmarks.long confirm renderer`: the same model and scenes, drawn in another way
-([how](redrawn.py)): paper instead of textures, shaded and turned objects with outlines and shadows,
-other shades, other fonts, centred lines, objects near the middle of their place. The model was not
-trained on such pictures, and nothing was adjusted to its answers. {items} test questions with
+`python -m benchmarks.long confirm renderer` at commit e1e0f49e, `redrawn.py` there:
+the same model and scenes, drawn in another way: paper instead of textures, shaded and turned
+objects with outlines and shadows, other shades, other fonts, centred lines, objects near the
+middle of their place. The model was not trained on such pictures, and nothing was adjusted to its
+answers. {items} test questions with
 {facts} facts; the full model has these shares right:
 {right}. Cells as above.
 """,
     "family": """## A second family
 
-`python -m benchmarks.long confirm family --model FOLDER`: tiny-gemma3, trained further by `python
--m recipes.long.build --model tiny-gemma3` to describe and count. A picture has 64 tokens, which see
-each other; ten of twelve layers look back over 48 tokens, so that two layers read most of the
-picture for most of an answer. All pictures become 224 × 224 px, so `downscale` saves nothing. The
-weights are not stored. {items} test questions about pictures of 224 px with three to six objects,
+`python -m benchmarks.long confirm family --model FOLDER` at commit e1e0f49e:
+tiny-gemma3, trained further by `python -m recipes.long.build --model tiny-gemma3` to describe and
+count. A picture has 64 tokens, which see each other; ten of twelve layers look back over 48
+tokens, so that two layers read most of the picture for most of an answer. All pictures become
+224 × 224 px, so `downscale` saves nothing. The weights are not stored.
+{items} test questions about pictures of 224 px with three to six objects,
 and {facts} facts; the full model has these shares right:
 {right}. Cells as above.
 """,

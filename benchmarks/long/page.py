@@ -25,7 +25,6 @@ from benchmarks.long.answers import (
     item_of,
     methods_of,
 )
-from benchmarks.long.confirm import CONFIRMATIONS
 from benchmarks.publishing import csv_text, provenance, read, table
 from tokencomp.evaluation.settings import DOWNSCALE, FULL, RANDOM, UNIFORM
 from tokencomp.zoo.shapesqa import facts as shapesqa
@@ -45,9 +44,9 @@ def files() -> Files:
     answers, path = Answers.of(FOLDER, "test"), FOLDER / "forced.json"
     forced = read(path) if path.exists() else None
     again = {
-        name: Answers.read(FOLDER / how.file)
-        for name, how in CONFIRMATIONS.items()
-        if (FOLDER / how.file).exists()
+        name: Answers.read(FOLDER / file)
+        for name, file in confirm.FILES.items()
+        if (FOLDER / file).exists()
     }
     rows = records(answers)
     return {

@@ -20,7 +20,6 @@ from benchmarks.long.answers import (
     pack,
     path_of,
 )
-from benchmarks.long.confirm import CONFIRMATIONS
 from benchmarks.models import total
 from tokencomp import zoo
 from tokencomp.evaluation.patches import PatchedModels
@@ -200,15 +199,6 @@ def test_confirmed_orders():
     assert "order is not the same" in text and "6 of them in both with one sign, 3 with" in text
     text = confirm.section("family", first, stored(dict.fromkeys(LOST, 1)))
     assert "order is the same" in text and "and 0 here, 0 of them in both" in text
-
-
-def test_confirmations_ask_about_pictures_that_fit():
-    for how in CONFIRMATIONS.values():
-        items = how.items("validation", each=3)
-        assert [one.family for one in items] == [f for f in how.families for _ in range(3)]
-        assert {one.scenes[0].width for one in items} <= {*how.sides}
-        assert all(len(one.scenes[0].things) <= how.most for one in items)
-        assert len({one.id for one in items}) == len(items)
 
 
 def test_every_setting_has_a_label_of_its_own():
