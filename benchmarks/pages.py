@@ -29,9 +29,9 @@ from benchmarks.publishing import FOLDER
 from tokencomp.cli import one_message
 
 MODULES = """
-clicks.__main__ files.clock files.stream kernels.calls kernels.weights
+clicks.__main__ kernels.calls kernels.weights
 models.decoding models.prefill models.tower models.total nlvr.__main__ real.run
-real.clip_answers real.clips screens.answers screens.receipts serving.attacker
+real.clip_answers screens.answers screens.receipts
 serving.burst serving.clients serving.ratio_zero serving.run
 """
 EXPERIMENTS = [import_module(f"benchmarks.{name}").EXPERIMENT for name in MODULES.split()]

@@ -1,7 +1,13 @@
-"""Questions about clips of StampsQA, and their items: functions of split, family and index."""
+"""Questions about clips of StampsQA, and their items: functions of split, family and index.
+
+    python -m recipes.photographs.clip_questions FOLDER  # clips and questions.jsonl, for a model
+
+Things appear, leave and move on photographs that a camera pans over or zooms into.
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,11 +27,18 @@ from recipes.photographs.clips import (
 )
 from recipes.photographs.questions import article, named
 from recipes.photographs.scenes import Library
+from recipes.photographs.sources import TUXPAINT, Photos
+from recipes.tiny.letters import letters_prompt
+from tokencomp.cli import one_message
+from tokencomp.errors import OptionError
+from tokencomp.storage import write_lines
 from tokencomp.zoo.shapesqa.items import QueryFields, stream
+from tokencomp.zoo.shapesqa.prompt_forms import letter
 from tokencomp.zoo.shapesqa.questions import Question, draw_options
 from tokencomp.zoo.shapesqa.render import encode_mp4
 from tokencomp.zoo.shapesqa.scenes import DIRECTIONS
 
+SHORTEST = 10.0  # seconds: shorter clips have no room for two events
 APART = 2 * MOMENT  # seconds between two things of which one comes first
 
 Asker = Callable[[ClipScene, tuple[str, ...], np.random.Generator], Question | None]
@@ -177,3 +190,46 @@ def clip_items(
     for family in families:
         for index in range(per_family):
             yield clip_item(library, split, family, index, seconds)
+
+
+def write_questions(items: Iterator[ClipItem], folder: Path, size: int) -> Path:
+    """Clips as mp4 files below `folder`, and `questions.jsonl` with lettered options."""
+    (folder / "media").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for one in items:
+        media = one.write(folder / "media" / f"{one.id}.mp4", size)
+        rows.append(
+            {
+                "id": one.id,
+                "family": one.family,
+                "media": media.relative_to(folder).as_posix(),
+                "question": letters_prompt(one.query),
+                "answer": letter(one.query),
+            }
+        )
+    write_lines(folder / "questions.jsonl", rows)
+    return folder / "questions.jsonl"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, metavar="FOLDER")
+    parser.add_argument("--photos", type=Path, default=TUXPAINT, help="folder of Tux Paint's data")
+    parser.add_argument("--split", default="test", choices=("validation", "test"))
+    parser.add_argument("--per-family", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="length of a clip")
+    parser.add_argument("--size", type=int, default=448, help="px of both sides, even")
+    args = parser.parse_args()
+    if args.size % 2 or args.seconds < SHORTEST:
+        raise OptionError(
+            f"--size {args.size} has to be even, and --seconds {args.seconds:g} at least "
+            f"{SHORTEST:g}."
+        )
+    library = Photos(args.photos)
+    items = clip_items(library, args.split, args.per_family, seconds=args.seconds)
+    print(write_questions(items, args.out, args.size))
+
+
+if __name__ == "__main__":
+    with one_message():
+        main()

@@ -21,7 +21,7 @@ BENCHMARKS = ROOT / "benchmarks"
 SLOW = (
     "accuracy/baselines", "accuracy/chance", "accuracy/choice", "accuracy/counting",
     "accuracy/hard", "accuracy/long", "accuracy/results", "accuracy/tower", "accuracy/unseen",
-    "real/clip_answers", "real/clips", "real/results",
+    "real/clip_answers", "real/results",
 )  # fmt: skip
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from support.photographs import COLORS, Drawings
 
+from recipes.photographs.clip_questions import clip_items, write_questions
 from recipes.photographs.items import items
 from recipes.photographs.questions import COUNTS, FAMILIES
 from recipes.photographs.scenes import SIZE, render
+from tokencomp.inputs.files import FileQuestions
+from tokencomp.inputs.media import load_media
 
 
 def boxes(pixels: np.ndarray) -> dict[str, tuple[float, float, float]]:
@@ -84,3 +89,28 @@ def test_splits_share_no_scene() -> None:
         for split in ("train", "validation", "test")
     ]
     assert not scenes[0] & scenes[1] | scenes[1] & scenes[2] | scenes[0] & scenes[2]
+
+
+def named(frame: np.ndarray) -> set[str]:
+    """Things with 40 or more pixels near their colour in a decoded frame."""
+    return {
+        name
+        for name, color in COLORS.items()
+        if (np.abs(frame.astype(int) - color).max(-1) < 60).sum() >= 40
+    }
+
+
+def test_written_clips_are_questions_whose_answers_are_in_their_frames(tmp_path: Path) -> None:
+    asked = clip_items(Drawings(), "test", 3, ("appears", "leaves"), seconds=10.0)
+    write_questions(asked, tmp_path, 224)
+    questions = FileQuestions(tmp_path)
+    assert len(questions) == 6
+    for one in questions:
+        options = dict(line.split(". ") for line in one.prompt.splitlines()[1:-1])
+        answer = options[one.answer]
+        clip = load_media(one.media[0])
+        first, last = (named(np.asarray(clip[k])) for k in (0, -1))
+        assert (answer in first, answer in last) == (
+            one.family == "leaves",
+            one.family == "appears",
+        )
