@@ -12,8 +12,7 @@ import pytest
 from benchmarks import figures
 from benchmarks.accuracy.report import record
 from benchmarks.accuracy.store import ACCURACY, Results
-from benchmarks.accuracy.studies import tower
-from benchmarks.frontier.page import Measured, points, stored
+from benchmarks.frontier.page import Measured, Point, points, stored
 from tokencomp.method import Method
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +82,15 @@ def test_every_row_of_figures_names_release_date_and_commit() -> None:
         assert re.search(r"\| \d+\.\d+\.\d+, \d{4}-\d\d-\d\d, [0-9a-f]{8} \|$", line), line
 
 
+def sections(page: str) -> dict[str, list[list[str]]]:
+    """Rows of the tables of a page, by the heading above them."""
+    found: dict[str, list[list[str]]] = {}
+    for part in (ROOT / page).read_text(encoding="utf-8").split("\n## ")[1:]:
+        head, *lines = part.splitlines()
+        found[head] = [line.split("|") for line in lines if line.startswith("|")]
+    return found
+
+
 def test_figures_of_the_text_are_those_of_their_pages() -> None:
     """The first token of an image with and without `tower_ratio`, in one set-up, and its price."""
     text = " ".join(README.split())
@@ -95,11 +103,23 @@ def test_figures_of_the_text_are_those_of_their_pages() -> None:
     said = re.search(r"came ([\d.]+) times as soon, and \[([\d.]+) times\]", text)
     keys = ("ratio 0.75", "ratio 0.75, tower ratio 0.6")
     assert said and [float(x) for x in said.groups()] == [round(times[key], 1) for key in keys]
-    answers = tower.read_sets(ACCURACY / "tower.json")["qwen3-images"]["answers"].correct
-    said = re.search(r"keeps \[([\d.]+) %\]\S* of its accuracy on images, and ([\d.]+) %", text)
-    wanted = [sum(answers[key]) / sum(answers["full@0"]) for key in ("kcenter@0.6", "entry only@0")]
+    measured = Measured("image", *stored())
+    wanted = [measured.kept(p, "test").value for p in (Point(0.75, 0.6), Point(0.75))]
+    said = re.search(
+        r"keeps \[([\d.]+) %\]\S* of its right answers .*? and ([\d.]+) % with the", text
+    )
     assert said
     assert [*map(float, said.groups())] == pytest.approx([100 * v for v in wanted], abs=0.051)
+    steps = {
+        (title, row[1].strip()): float(row[-2])
+        for title, table in sections("benchmarks/models/decoding.md").items()
+        for row in table
+        if row[2].strip() == "0.75" and row[3].strip() == "merged, mask"
+    }
+    said = re.search(r"takes ([\d.]+) of its time .*? and ([\d.]+) after .*?; ([\d.]+) with", text)
+    two, seven = "qwen2-vl-2b, 4 layers, bfloat16", "qwen2-vl-7b, 2 layers, bfloat16"
+    wanted = [steps[two, "1,024"], steps[two, "16,384"], steps[seven, "16,384"]]
+    assert said and [*map(float, said.groups())] == wanted
 
 
 def test_the_recommended_settings_are_the_fastest_above_the_bar() -> None:

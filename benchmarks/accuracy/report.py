@@ -298,8 +298,10 @@ def right(results: Results, labels: dict[float, str]) -> float:
     return sum(sum(results.scores(k, "both", known(results))) for k in labels.values())
 
 
-def line(results: Results, method: Method, labels: dict[float, str], ratios: Any) -> list[str]:
-    """One method: its name, and its retention at every ratio."""
+def lines(
+    results: Results, method: Method, labels: dict[float, str], ratios: Any
+) -> Iterator[list[str]]:
+    """One method: its name, and its retention at every ratio; the default by media as well."""
     reducer, options = method[0], json.loads(method[1])
     setting = results.settings[next(iter(labels.values()))]
     text = f"{reducer}{earlier(setting)} " + ", ".join(f"{k}={v}" for k, v in options.items())
@@ -308,18 +310,25 @@ def line(results: Results, method: Method, labels: dict[float, str], ratios: Any
     name += f" ({seeds} seeds)" if seeds else ""
     plain_default = reducer == results.default and not options
     kind = "both" if known(results) else "all"
-    cells = []
-    for ratio in ratios:
-        value = kept(results, labels[ratio], kind) if ratio in labels else None
-        interval = plain_default or reducer == RANDOM
-        cells.append(NONE if value is None else str(value) if interval else f"{value.value:.1%}")
-    return [f"**{name}**" if plain_default else name, *cells]
+    interval = plain_default or reducer == RANDOM
+
+    def cells(kind: str) -> Iterator[str]:
+        for ratio in ratios:
+            value = kept(results, labels[ratio], kind) if ratio in labels else None
+            yield NONE if value is None else str(value) if interval else f"{value.value:.1%}"
+
+    yield [f"**{name}**" if plain_default else name, *cells(kind)]
+    media = [k for k in KINDS if kind == "both" and results.select(k, results.learned)]
+    if plain_default and len(media) > 1:
+        yield from ([f"{name}, {one} alone", *cells(one)] for one in media)
 
 
 def overview(results: Results) -> str:
     """The table of one model."""
     ratios = [r for r in RATIOS if r in results.ratios]
-    rows = [line(results, m, labels, ratios) for m, labels in methods(results).items()]
+    rows = [
+        row for m, labels in methods(results).items() for row in lines(results, m, labels, ratios)
+    ]
     full = results.settings[FULL]["flops"]
     work = [results.settings.get(f"{results.default}-{r:g}", {}).get("flops") for r in ratios]
     rows.append(["FLOPs left", *(f"{w / full:.0%}" if w else NONE for w in work)])

@@ -28,8 +28,6 @@ from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 MUTANTS = Path(__file__).with_name("mutants.json")
 KILLED, SURVIVED, STALE, TIMEOUT, BROKEN = "killed", "survived", "stale", "timeout", "broken"
@@ -126,6 +124,8 @@ class _FirstFailure:
 
 def _child(tests: Sequence[str], mutant: Mutant | None, write: int) -> int:
     """Run tests, and write the name of the first that failed to a pipe."""
+    import pytest  # the page is built without it
+
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)

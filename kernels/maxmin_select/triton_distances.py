@@ -205,7 +205,8 @@ class Differences(NamedTuple):
 
     def isolated(self) -> Tensor:
         """See :meth:`Cosines.isolated`."""
-        return isolated_row(self.columns.T[None], RootMeanSquare, None)
+        rows = RootMeanSquare.prepare(self.columns.T[None])
+        return isolated_row(rows, RootMeanSquare, None)
 
     def part(self, rows: slice | Tensor) -> "Differences":
         """Some of the rows."""

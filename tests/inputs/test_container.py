@@ -137,30 +137,57 @@ def test_damaged_frames_repeat_the_one_shown_before(tmp_path, name):
         assert np.array_equal(picture, left[shown])
 
 
-@pytest.mark.parametrize(("name", "counted"), [("h264", True), ("vp9", False)])
-def test_a_file_that_was_cut_off_says_so(tmp_path, name, counted):
-    """Where the header with the number of frames comes first; the header of WebM has none."""
-    path = write_clip(tmp_path, name, pictures(COUNT), **SHORT_GROUPS)
-    if counted:
-        front = tmp_path / "front.mp4"
-        flags = {"movflags": "faststart"}
-        with av.open(str(path)) as old, av.open(str(front), "w", options=flags) as new:
-            stream = new.add_stream_from_template(old.streams.video[0])
-            for packet in old.demux(video=0):
-                if packet.size:
-                    packet.stream = stream
-                    new.mux(packet)
-        path = front
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_media(path, 8)
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) * 3 // 5])
+def muxed(path, out, keep=lambda k: True, **options):
+    """The packets of a file in another container, in decoding order, those of `keep`."""
+    with av.open(str(path)) as old, av.open(str(out), "w", options=options) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for k, packet in enumerate(p for p in old.demux(video=0) if p.size):
+            if keep(k):
+                packet.stream = stream
+                new.mux(packet)
+    return out
+
+
+def warned_of(path):
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         video = load_media(path, 8)
+    return video, [str(one.message) for one in warned]
+
+
+@pytest.mark.parametrize(("name", "container"), [("h264", "mp4"), ("h264", "mkv"), ("vp9", "webm")])
+def test_a_file_that_was_cut_off_says_so(tmp_path, name, container):
+    """By the count in the header, or by its duration."""
+    whole = write_clip(tmp_path, name, pictures(COUNT), **SHORT_GROUPS)
+    flags = {"movflags": "faststart"} if container == "mp4" else {}
+    path = muxed(whole, tmp_path / f"cut.{container}", **flags)
+    assert warned_of(path)[1] == []
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 3 // 5])
+    video, said = warned_of(path)
     total = video.sampling.total
     assert len(video) == 8 and 10 < total < COUNT
-    expected = [f"header counts {COUNT} frames, and the file has {total}"] * counted
-    assert [text for text in expected if text in str(warned[-1].message)] == expected
-    assert counted or not warned
+    assert f"{COUNT - total} of {COUNT} frames are missing" in said[-1]
+
+
+@pytest.mark.parametrize("container", ["mkv", "ts"])
+def test_a_hole_says_so(tmp_path, container):
+    """Groups of 16 frames, of which one is lost; Matroska and MPEG-TS do not count frames."""
+    whole = write_clip(tmp_path, "h264", pictures(COUNT), **SHORT_GROUPS)
+    path = muxed(whole, tmp_path / f"hole.{container}", lambda k: not 16 <= k < 32)
+    video, said = warned_of(path)
+    assert video.sampling.total == COUNT - 16
+    assert f"16 of {COUNT} frames are missing" in said[0]
+
+
+def test_pauses_of_a_variable_rate_are_no_holes(tmp_path):
+    ticks = np.cumsum(np.random.default_rng(0).choice([1, 2, 9], 40)).tolist()
+    path = write_clip(tmp_path, "h264", pictures(40), times=ticks)
+    assert warned_of(muxed(path, tmp_path / "varied.mkv"))[1] == []
+
+
+def test_empty_frames_of_an_avi_are_not_missing(tmp_path):
+    """Its header counts ticks of the clock, of which most hold no frame."""
+    path = write_clip(tmp_path, "mpeg4", pictures(COUNT))
+    path = muxed(path, tmp_path / "plain.avi")
+    assert warned_of(path)[1] == []

@@ -69,3 +69,5 @@ def test_places_outside_are_refused() -> None:
         Region.around(90, 0, (10, 10), SIZE)
     with pytest.raises(OptionError, match="in the unit of the answer"):
         Region(0, 0, *SIZE).locate(100, 5, SIZE)
+    with pytest.raises(OptionError, match=r"pixel \(90, 70\) of a picture of 45 × 35"):
+        Region.around(80, 60, (30, 30), SIZE).cut(marked(0, 0).resize((45, 35)))

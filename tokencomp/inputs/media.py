@@ -161,8 +161,8 @@ def load_clip(
         )
     if index.lacking > NEARLY * index.total:
         warn(
-            f"{name}: the header counts {index.total + index.lacking} frames, and the file has "
-            f"{index.total}. It may have been cut off; frames come from the part that is there."
+            f"{name}: {index.lacking} of {index.total + index.lacking} frames are missing. The "
+            "file was cut off or is damaged; frames come from the parts that are there."
         )
     times = index.uneven_times(places)
     sampling = Sampling(tuple(places), index.total, index.fps, times, choice.rule)

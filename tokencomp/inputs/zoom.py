@@ -65,8 +65,20 @@ class Region:
         return cls(left, top, width, height)
 
     def cut(self, image: Image.Image) -> Image.Image:
-        """The pixels of the region, unscaled."""
-        return image.crop((self.left, self.top, self.left + self.width, self.top + self.height))
+        """The pixels of the region, unscaled.
+
+        Raises
+        ------
+        OptionError
+            The picture is smaller than the region's place: another one than the screenshot.
+        """
+        right, bottom = self.left + self.width, self.top + self.height
+        if right > image.width or bottom > image.height:
+            raise OptionError(
+                f"a region up to pixel ({right}, {bottom}) of a picture of {image.width} × "
+                f"{image.height} px: cut it out of the picture whose size `within` named."
+            )
+        return image.crop((self.left, self.top, right, bottom))
 
     def locate(self, x: float, y: float, seen: tuple[int, int]) -> tuple[int, int]:
         """The pixel of the picture at pixel (x, y) of the region as a model saw it.

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from tokencomp.errors import MediaError
-from tokencomp.inputs.video.packets import ClipIndex, Packets, index_of, packets_of
+from tokencomp.inputs.video.packets import ClipIndex, Packets, index_of, missing, packets_of
 
 SKIPS = frozenset(["h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video"])
 """Decoders that leave out a frame where its packet asks for it, and decode all others."""
@@ -62,7 +62,6 @@ class VideoFile(contextlib.AbstractContextManager["VideoFile"]):
     def index(self) -> ClipIndex:
         """All frames of the file; decodes only if packets do not give their times."""
         clock, rate = self._stream.time_base, self._stream.average_rate
-        promised = self._stream.frames  # 0 where the header does not say
         seen, timed, read = [], True, 0
         for packet in self._demux():
             read += 1
@@ -75,8 +74,21 @@ class VideoFile(contextlib.AbstractContextManager["VideoFile"]):
             return ClipIndex(total, float(rate) if rate else None, None, self._codec)
         if not seen:
             raise MediaError("the file has no frames. Check it with ffprobe.")
-        lacking = max(promised - read, 0)
-        return replace(index_of(packets_of(seen), clock, rate, self._codec), lacking=lacking)
+        index = index_of(packets_of(seen), clock, rate, self._codec)
+        return replace(index, lacking=self._lacking(index, read))
+
+    def _lacking(self, index: ClipIndex, read: int) -> int:
+        """Frames that the file should have beyond the `read` ones, by its header or its clock."""
+        stream, clock = self._stream, self._stream.time_base
+        promised = stream.frames  # 0 where the header does not say
+        if promised and self.format != "avi":  # whose count includes empty frames
+            return max(promised - read, 0)
+        start = float((stream.start_time or 0) * clock)
+        ends = None if stream.duration is None else float(stream.duration * clock)
+        if written := stream.metadata.get("DURATION"):  # Matroska, WebM: 00:01:23.450000000
+            hours, minutes, seconds = map(float, written.split(":"))
+            ends = 3600 * hours + 60 * minutes + seconds - start
+        return missing(index.times, ends)
 
     def frames(self, places: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """Decode the frames at `places`: yields place and `av.VideoFrame`, in no particular order.

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+STEADY = 0.9
+"""Share of the distances in time that are alike in a clip of constant rate."""
 NEAR = 0.01
 """A mean frame rate this close to the one in the header is that rate, which is an exact number."""
 
@@ -55,7 +57,7 @@ class ClipIndex:
     `fps` is a mean if the rate varies; `times` are seconds from the first frame, float64 (total,);
     both None if unknown. `codec` is the decoder's name, or "frames" for a folder of pictures, and
     `packets` is None if the file has no compressed frames. `lacking` counts frames that the header
-    promises and the file has not, as after a cut.
+    or the clock promises and the file has not, as after a cut.
     """
 
     total: int
@@ -109,3 +111,23 @@ def index_of(packets: Packets, clock: Any, rate: Any, codec: str) -> ClipIndex:
         mean = (total - 1) / float(times[-1])
         fps = fps if fps and abs(fps / mean - 1) < NEAR else mean
     return ClipIndex(total, fps, times, codec, packets)
+
+
+def missing(times: np.ndarray | None, ends: float | None) -> int:
+    """How many more frames a clip of constant rate would have, up to `ends` seconds if known.
+
+    A clip is of constant rate if nearly all frames follow each other at one distance d:
+
+        times   0   d   2d               6d   7d        ends = 9d
+                ·   ·   ·   (3d 4d 5d)   ·    ·   (8d)            4 missing
+
+    `times` are seconds from the first frame, float64 (n,).
+    """
+    gaps = np.diff([] if times is None else times)
+    if times is None or not len(gaps):
+        return 0
+    alike = np.abs(gaps / np.median(gaps) - 1) < 0.5
+    if alike.mean() < STEADY:
+        return 0
+    step = gaps[alike].mean()  # times in whole milliseconds make single distances inexact
+    return max(round(max(ends or 0.0, times[-1] + step) / step) - len(times), 0)
