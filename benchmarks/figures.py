@@ -103,8 +103,8 @@ def _accuracy() -> list[Figure]:
         shares = [kept(results, forms[0].format(ratio), "both") for ratio in RATIOS]
         labels = [form.format(ratio) for ratio in RATIOS for form in forms]
         runs = [stored.manifest["runs"][stored.settings[k]["run"]] for k in labels]
-        head = f"{page} by the tiny Qwen3-VL with {text}, {items} questions of {families} kinds"
-        head += " that it was trained on"
+        head = f"{page} by the tiny Qwen3-VL with {text}, {items} test questions of the {families}"
+        head += " kinds that it has learned to answer"
         values = [f"{share.value:.1%}" for share in shares if share]
         rows.append(Figure(f"the same with {text}" if rows else head, values, _oldest(runs)))
     return rows

@@ -185,7 +185,7 @@ def test_commands_of_servers_reach_their_engine(monkeypatch: pytest.MonkeyPatch)
         assert run(*line) == 0
     settings = [call[1] for call in called]
     assert [(s.get("reducer"), s.get("ratio"), s.get("budget")) for s in settings] == [
-        ("evs", 0.5, None), ("auto", None, 512), ("evs", 0.5, None),
+        ("evs", {"video": 0.5}, None), ("auto", None, 512), ("evs", {"video": 0.5}, None),
     ]  # fmt: skip
     assert called[1][0] == "NAME" and called[1][-1]["image_max_tokens"] == 3072
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from support import matrix
 from support.embedded import folder, loaded
-from support.families import FAMILIES
+from support.families import FAMILIES, text
 from support.family.base import Family
 
 import tokencomp
@@ -133,3 +133,18 @@ def test_an_embedder_is_patched_inside() -> None:
     embedder.transformers_model = FAMILIES["qwen2_vl"].build()
     with pytest.raises(errors.UnsupportedModelError, match=r"embedder\.transformers_model"):
         tokencomp.patch(embedder, 0.5)
+
+
+@pytest.mark.parametrize("whole_first", [False, True])
+def test_a_patch_of_the_body_is_undone_with_the_model(whole_first):
+    """And the other way round."""
+    family = FAMILIES["qwen2_vl"]
+    model = family.build()
+    inputs = family.batch([[text(4), family.image(), text(3)]])
+    with torch.no_grad():
+        before = model(**inputs).logits
+        patched, undone = (model, model.model) if whole_first else (model.model, model)
+        tokencomp.patch(patched, 0.5)
+        assert not torch.equal(model(**inputs).logits, before)
+        tokencomp.unpatch(undone)
+        assert torch.equal(model(**inputs).logits, before)

@@ -196,7 +196,7 @@ ELSEWHERE = {
     "image_max_tokens": ("llama.cpp", "budget=512"),
     "max_soft_tokens": ("Gemma 4", "budget=512"),
     "max_pixels": ("Qwen", "budget=512"),
-    "video_pruning_rate": ("vLLM", "reducer='evs', ratio=0.5"),
+    "video_pruning_rate": ("vLLM", "reducer='evs', ratio={'video': 0.5}"),
     "dominant": ("VisionZip", "reducer='visionzip', budget=64"),
     "contextual": ("VisionZip", "reducer='visionzip', budget=64"),
     "r": ("ToMe", "reducer='bipartite', ratio=0.5"),

@@ -208,11 +208,17 @@ def apply(
             raise
 
 
+def _call_hooks(*modules: nn.Module) -> list[CallHooks]:
+    """The patches whose hooks are on any of the modules."""
+    hooks = (hook for module in modules for hook in module._forward_pre_hooks.values())
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return [owner for owner in owners if isinstance(owner, CallHooks)]
+
+
 def _check_free(adapter: Adapter) -> None:
     """Refuse a model whose decoder is patched through another model."""
-    for hook in adapter.decoder._forward_pre_hooks.values():
-        owner = getattr(hook, "__self__", None)
-        if isinstance(owner, CallHooks) and owner.adapter.model is not adapter.model:
+    for owner in _call_hooks(adapter.decoder):
+        if owner.adapter.model is not adapter.model:
             raise AlreadyCompressedError(
                 f"the decoder of this {type(adapter.model).__name__} is patched through a "
                 f"{type(owner.adapter.model).__name__} already. Patch the one of the two that you "
@@ -230,6 +236,7 @@ def check(model: nn.Module, spec: Method) -> None:
 def unpatch(model: nn.Module) -> None:
     """Undo `patch(model)` and `extend_visual_context(model, ...)`, if they were called.
 
+    A patch of the body (`model.model`) is undone with the model, and the other way round.
     No call of the model may be running (`ModelInUseError`). Caches of compressed prompts belong to
     the patch and are refused without it (`UnsupportedCacheError`).
     """
@@ -237,11 +244,13 @@ def unpatch(model: nn.Module) -> None:
     if isinstance(base, Handle):
         base.remove()  # if a later patch replaced this one, the later patch stays in place
         return
-    with CallGate.of(base).change():
-        handle = handle_of(base)
-        if handle is not None:
-            handle.remove()
-        restore_visual_context(base)
+    owners = [hooks.adapter.model for hooks in _call_hooks(*base.modules())]
+    for one in dict.fromkeys((base, *owners)):
+        with CallGate.of(one).change():
+            handle = handle_of(one)
+            if handle is not None:
+                handle.remove()
+            restore_visual_context(one)
 
 
 @contextlib.contextmanager

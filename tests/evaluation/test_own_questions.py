@@ -75,7 +75,7 @@ def test_a_limit_shows_the_items_of_this_call(questions, evaluate, tmp_path, cap
     capsys.readouterr()
     assert evaluate(*plain, "--limit", 1) == 0
     row, *_ = [line for line in capsys.readouterr().out.splitlines() if line.startswith("full")]
-    assert row.split()[:5] == ["full", "0", "0.000", "1", "0.0%"]
+    assert row.split()[:6] == ["full", "0", "0.000", "100%", "1", "0.0%"]
     assert len(records(tmp_path / "runs" / "full")) == 3
 
 

@@ -83,6 +83,7 @@ def test_the_table_as_files_holds_the_same_numbers(runs, tmp_path, capsys):
         full, random, aim = csv.DictReader(file)
     assert [float(row["accuracy"]) for row in (full, random, aim)] == [5 / 6, 2 / 6, 5 / 6]
     assert (full["retention"], aim["failed"], float(random["retention"])) == ("", "1", 2 / 5)
+    assert [row["method"] for row in (full, random, aim)] == ["full", "random", "aim"]
     assert float(aim["against_random"]) == pytest.approx(3 / 6)
     low, high = (100 * float(aim[f"retention_{end}"]) for end in ("low", "high"))
     assert rf"aim & 0.5 & 83.3\% & 100.0\% [{low:.1f}\%, {high:.1f}\%]" in files[1].read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -370,3 +371,37 @@ def test_half_a_line_of_a_killed_process_is_cut_off(tmp_path):
     file.write_text('{"id": "a", "correct": 1}\n{"id": "b", "corr')
     AnswerStore(tmp_path, {}).append([{"id": "c", "correct": 0}, {"id": "a", "error": "late"}])
     assert read_records(tmp_path) == [{"id": "a", "correct": 1}, {"id": "c", "correct": 0}]
+
+
+PLUGIN = """
+from dataclasses import dataclass
+from tokencomp.reducers import ScoreReducer, register_reducer
+
+@register_reducer("of_a_plugin", override=True)
+@dataclass(frozen=True)
+class OfAPlugin(ScoreReducer):
+    def scores(self, tokens):
+        return {sign}tokens.features.float().norm(dim=1)
+"""
+
+
+def test_answers_of_a_changed_plugin_do_not_count(loaded, examples, tmp_path, monkeypatch):
+    """Another sign is another method under the same name."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for sign, name in (("", "first"), ("-", "second")):
+        (tmp_path / f"{name}.py").write_text(PLUGIN.format(sign=sign))
+        importlib.import_module(name)
+        if not sign:
+            evaluate(*loaded, examples[:1], "of_a_plugin", 0.5, tmp_path / "run", **HOW)
+            evaluate(*loaded, examples[:1], "of_a_plugin", 0.5, tmp_path / "run", **HOW)
+    with pytest.raises(OptionError, match="differs in method"):
+        evaluate(*loaded, examples[:1], "of_a_plugin", 0.5, tmp_path / "run", **HOW)
+
+
+def test_a_manifest_is_of_the_command_that_asked(loaded, examples, tmp_path):
+    """A later command with fewer questions asks nothing, and writes nothing."""
+    evaluate(*loaded, examples, "uniform", 0.5, tmp_path, **HOW)
+    before = (tmp_path / "manifest.json").read_text()
+    evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path, **HOW)
+    assert (tmp_path / "manifest.json").read_text() == before
+    assert json.loads(before)["summary"]["items"] == len(examples)

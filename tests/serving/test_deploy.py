@@ -236,7 +236,10 @@ def test_pods_reach_each_other_through_the_router() -> None:
     closed = [n for n, p in pods.items() if p["metadata"]["labels"].get("role") in rule["values"]]
     assert closed == ["tokencomp-prefill", "tokencomp-decode"]
     entering = [rule["from"][0]["podSelector"]["matchLabels"] for rule in policy["ingress"]]
-    assert entering == [{"app": "tokencomp-router"}, {"app": "tokencomp"}]
+    assert entering == [{"app": "tokencomp-router"}, {"app": "tokencomp-nodes"}]
+    (alone,) = (d["spec"] for d in documents("kubernetes.yaml") if d["kind"] == "Service")
+    labels = [pod["metadata"]["labels"] for pod in pods.values()]
+    assert not [one for one in labels if alone["selector"].items() <= one.items()]
 
 
 # -- monitoring -------------------------------------------------------------------------------

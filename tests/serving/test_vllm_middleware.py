@@ -213,6 +213,26 @@ def test_seeds_are_refused_on_a_cpu_unless_nothing_is_sampled(
         assert answer.status == (REACHED if taken else 400)
 
 
+MISPLACED = {
+    "ratio": 0.9, "budget": 8, "reducer": "uniform", "merge": True, "tokencom": {"ratio": 0.9},
+    "extra_body": {"tokencomp": {"ratio": 0.9}}, "mm_processor_kwarg": {}, "use_beam_search": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISPLACED)
+def test_settings_outside_of_their_field_are_refused(name: str) -> None:
+    """vLLM ignores unknown fields: the answer would have the setting of the server."""
+    answer = ask(vllm(), user(part(image(1)), **{name: MISPLACED[name]}))
+    assert answer.status == 400 and name in str(answer.content)
+    assert sent(user("a", min_tokens=2, top_k=3, of_a_later_vllm=1))
+
+
+def test_a_ratio_of_sounds_is_refused() -> None:
+    body = user(part(image(1)), tokencomp={"ratio": {"audio": 0.9}})
+    answer = ask(vllm(), body)
+    assert answer.status == 400 and "audio has no effect" in str(answer.content)
+
+
 def test_a_prompt_with_media_is_not_cut() -> None:
     """vLLM would fail on it."""
     assert ask(vllm(), user(part(image(1)), truncate_prompt_tokens=5)).status == 400

@@ -64,8 +64,9 @@ def print_lines(console: Any, lines: Sequence[Any]) -> None:
         reached = f"{line.run.mean('ratio'):.3f}" if answered else "–"
         items = f"{answered}" + (f"\n({failed} failed)" if failed else "")
         accuracy = f"{line.accuracy:.1%}" if answered else "–"
-        rows.append((*_named(line), reached, items, accuracy, retained(line.retention)))
-    print_table(console, (*NAMES, "reached", "items", "accuracy", "retention"), rows)
+        work = f"{line.flops:.0%}" if answered else "–"
+        rows.append((*_named(line), reached, work, items, accuracy, retained(line.retention)))
+    print_table(console, (*NAMES, "reached", "FLOPs", "items", "accuracy", "retention"), rows)
     if len(lines) > 1:
         _print_rivals(console, lines[1:])
     _print_facts(console, lines)
@@ -149,4 +150,4 @@ def _points(difference: Difference | None) -> str:
     if difference is None:
         return "–"
     low, high = 100 * difference.low, 100 * difference.high
-    return f"{100 * difference.value:+.1f}\n[{low:+.0f}, {high:+.0f}]"
+    return f"{100 * difference.value:+.1f}\n[{low:+.1f}, {high:+.1f}]"

@@ -134,8 +134,8 @@ def command(
     it drops unless `--merge auto` (or on) gives attention the room for weights that merging needs;
     `--engine mlx` does the same with mlx_vlm.server, with one setting for all requests.
 
-    Requests may bring `{"tokencomp": {"ratio": 0.75}}` or `{"tokencomp": {"budget": 512}}` (hf), or
-    `{"mm_processor_kwargs": {"tokencomp": {"ratio": 0.75}}}` (both).
+    Requests may bring `{"tokencomp": {"ratio": 0.75}}` or `{"tokencomp": {"budget": 512}}`, or the
+    same in `mm_processor_kwargs`, as `vllm serve` reads it.
     """
     from tokencomp.errors import OptionError
     from tokencomp.inputs.packaged import resolve

@@ -82,6 +82,11 @@ def _tiny_model(model_class: type, config: Any, variant: Variant) -> TinyModel:
             size = f"{count / 1e6:.0f} million parameters in spite of its config"
             raise ValueError(f"{type(outer).__name__} has {size}")
         path = next(name for name, module in model.named_modules() if module is outer)
+        if not path:
+            raise ValueError(
+                f"get_decoder() of {model_class.__name__} returns the whole model. Define it, and "
+                "get_image_features"
+            )
         decoder: Any = type(outer)(outer.config)
         model.set_submodule(path, decoder)
         _create_small_parts(model)

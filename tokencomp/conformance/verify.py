@@ -81,8 +81,8 @@ def verify_model(model: Any, compress: Compress) -> Result:
     if result.status == "unverified":
         raise UnverifiedModelError(
             f"{own.__name__} was checked on a tiny model with its config, and is not served: "
-            f"{result.reason} Run it without patch(). Types that have passed, as `tokencomp list "
-            "models` says, need no verify=True."
+            f"{result.reason.rstrip('.')}. Run it without patch(). Types that have passed, as "
+            "`tokencomp list models` says, need no verify=True."
         )
     _passed[key] = result
     return result

@@ -42,7 +42,8 @@ def find_runs(paths: Sequence[Path]) -> list[EvalRun]:
         for other in runs[:k]:
             if all(run.identity[key] == other.identity[key] for key in IDENTITY):
                 raise OptionError(
-                    f"{other.path} and {run.path} are runs of one setting. Give one of the two."
+                    f"{other.path} and {run.path} are runs of one setting. Give one of the two, by "
+                    "the folders of single runs in place of the folder that holds them."
                 )
     return sorted(runs, key=_order)
 

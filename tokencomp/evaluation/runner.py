@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -319,8 +320,14 @@ class _Sweep:
         for ours in self.asked:
             deviation = ours.setting.deviation(self.layers, self.steps)
             manifest = {"identity": ours.identity, **facts, "deviation": deviation}
+            stored = None if ours.store is None else ours.store.manifest
+            if stored and stored.get("finished") and ours.done >= {e.id for e in self.items}:
+                ours.run.manifest = stored  # of the command that asked
+                continue
             if finished:
-                manifest |= {"seconds": round(ours.seconds, 3), "summary": ours.run.summary()}
+                every = ours.run.records if ours.store is None else ours.store.records
+                summary = replace(ours.run, records=every).summary()
+                manifest |= {"seconds": round(ours.seconds, 3), "summary": summary}
             ours.run.manifest = manifest
             if ours.store is not None and self.rank == 0:
                 ours.store.write(manifest)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tokencomp.adapters.registry import adapter_for
@@ -109,6 +112,7 @@ class Setting(Method):
         reducer = self.built_reducer
         number = revision(reducer)
         again = f", revision {number}" if number > 1 else ""
+        again += "".join(f", code {digest}" for digest in code_of(reducer))
         subsets = ", a subset per question" if self.reducer == RANDOM else ""
         tower = f", behind {self.built_tower_reducer!r}" if self.tower_stage else ""
         stage = "".join(f", {word}" for word in in_words(self.stage_options))
@@ -143,6 +147,14 @@ class Setting(Method):
         return label_of(self.name, self.shown_ratio, self.written_options)
 
     __hash__ = Method.__hash__
+
+
+def code_of(reducer: Reducer) -> list[str]:
+    """Hashes of the modules of reducers that others wrote: the same options may change meaning."""
+    kinds = {type(one) for one in (reducer, *vars(reducer).values()) if isinstance(one, Reducer)}
+    modules = (sys.modules[name] for name in sorted({kind.__module__ for kind in kinds}))
+    files = (m.__file__ for m in modules if m.__name__.partition(".")[0] != "tokencomp")
+    return [hashlib.sha256(Path(f).read_bytes()).hexdigest()[:8] for f in files if f]
 
 
 def label_of(name: str, shown_ratio: str, options: Mapping[str, Any]) -> str:

@@ -42,7 +42,7 @@ def as_csv(table: Sequence[Line]) -> str:
 
 def _row(line: Line) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "method": line.label,
+        "method": line.run.label,
         "ratio": line.run.shown_ratio,
         "achieved_ratio": line.run.mean("ratio"),
         "items": len(line.run.answered),
@@ -50,6 +50,7 @@ def _row(line: Line) -> dict[str, Any]:
         "accuracy": line.accuracy,
         "flops": line.flops,
         "kv_bytes": line.kv_bytes,
+        "departs_from_paper": line.deviation,
     }
     comparisons = line.comparisons
     for name, pair in (
@@ -79,4 +80,8 @@ def as_latex(table: Sequence[Line]) -> str:
     head = ("method", "ratio", "accuracy", "accuracy kept", "points over random", "LLM FLOPs")
     lines = [" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in (head, *rows)]
     body = [r"\begin{tabular}{lrrrrr}", r"\toprule", lines[0], r"\midrule", *lines[1:]]
-    return "\n".join([*body, r"\bottomrule", r"\end{tabular}", ""])
+    body += [r"\bottomrule", r"\end{tabular}"]
+    body += [
+        f"% {one.label} at {one.run.shown_ratio} {one.deviation}." for one in table if one.deviation
+    ]
+    return "\n".join([*body, ""])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from tokencomp.serving import KEY
 from tokencomp.serving.limits import Deadline, RequestError
 from tokencomp.serving.media import check_media
 from tokencomp.serving.request import AnyPart, Chat, Message, Part, read_request
-from tokencomp.serving.spec import ServerOptions
+from tokencomp.serving.spec import REQUEST_KEYS, ServerOptions
 from tokencomp.serving.video import with_request
 from tokencomp.serving.vllm import PIXELS
 from tokencomp.serving.vllm.roles import check_sender
@@ -24,6 +25,14 @@ from tokencomp.serving.vllm.rules import Rules
 DATA_URL = re.compile(r"\s*data:[\w.+-]+/[\w.+-]+[;,]", re.IGNORECASE)
 MEDIA_TYPE = re.compile(r"image|video|audio|file|embeds")
 FORM = '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
+
+
+def misplaced(name: str) -> bool:
+    """Whether a field has the name of a setting, or nearly that of a field with settings."""
+    near = difflib.get_close_matches(
+        name, (KEY, "mm_processor_kwargs", "media_io_kwargs"), cutoff=0.8
+    )
+    return name == "extra_body" or name in REQUEST_KEYS or bool(near)
 
 
 class VllmMessage(Message):
@@ -41,6 +50,10 @@ class VllmChat(Chat[VllmMessage]):
     closed = False
 
     messages: list[VllmMessage] = Field(default_factory=list, fail_fast=True)
+
+    def unserved(self, where: str = "") -> list[str]:
+        """Unknown fields, and settings of tokencomp outside of their field, which vLLM ignores."""
+        return super().unserved(where) + [name for name in self.further if misplaced(name)]
 
     @property
     def further(self) -> dict[str, Any]:
@@ -163,7 +176,12 @@ def _nested(value: Any) -> Iterator[Any]:
 
 
 def _check_sampling(fields: dict[str, Any]) -> None:
-    """Refuse a seed on a CPU, as vLLM has no way to read a prompt with a seed in several steps."""
+    """Refuse a seed on a CPU, as vLLM has no way to read a prompt with a seed in several steps.
+
+    Beams are refused too: vLLM runs each as a request that `usage.tokencomp` does not count.
+    """
+    if fields.get("use_beam_search"):
+        raise RequestError("not served: use_beam_search. Leave it out.")
     if fields.get("seed") is not None and fields.get("temperature") != 0 and runs_on_cpu():
         raise RequestError(
             "seed: vLLM on a CPU cannot read a prompt with a seed in several steps, which many "
