@@ -260,13 +260,14 @@ def speed(
 
 
 LEGEND = """Random weights in {dtypes}, without the vision tower: median time of the unpatched
-prefill divided by that of the patched one, in brackets from the slowest to the fastest of all pairs
-of runs. Fewer FLOPs: the same for the decoder's arithmetic. Time may gain more, because a long prompt
-costs more time per FLOP than a short one: a text of the compressed length, without any patch, takes
-78 to 98 % of the compressed time where it was measured (`of_native`). Reducer: its own time,
-scoring included, as a share of the full prefill. Peak memory and KV cache: shares of the unpatched
-run's, at the highest ratio; the peak was measured with release 0.1, which stored a merged token
-once for every token that it represents ([since then](decoding.md) once). [All cases](../README.md#tables-as-csv)."""
+prefill divided by that of the patched one, in brackets from the slowest to the fastest of all
+pairs of runs. Fewer FLOPs: the same for the decoder's arithmetic. Time may gain more, because a
+long prompt costs more time per FLOP than a short one: a text of the compressed length, without
+any patch, takes 78 to 98 % of the compressed time where it was measured (`of_native`). Reducer:
+its own time, scoring included, as a share of the full prefill. Peak memory and KV cache: shares
+of the unpatched run's, at the highest ratio; the peak was measured with release 0.1, which stored
+a merged token once for every token that it represents ([since then](decoding.md) once). [All
+cases](../README.md#tables-as-csv)."""
 
 
 def page(records: list[dict[str, Any]]) -> str:
