@@ -213,7 +213,7 @@ def hint(name: str, allowed: Iterable[str]) -> str:
         return f" What {owner} calls {name!r} is {here} here (docs/coming-from.md)."
     if plain.replace("_", "").rstrip("+") in LEFT_OUT:
         return " This method is left out on purpose, docs/methods.md says why."
-    lower = {one.lower(): one for one in sorted(allowed)}
+    lower = {one.lower(): one for one in sorted(allowed) if one != name}
     close = [lower[m] for m in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.7)]
     return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 

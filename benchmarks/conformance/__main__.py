@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.conformance import table
 from benchmarks.conformance.run import check_types
+from tokencomp.cli import one_message
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,4 +44,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with one_message():
+        raise SystemExit(main())

@@ -55,6 +55,10 @@ def command(
     row = prompt(media, question)
     answers = answer_prompt(loaded, processor, row, chosen, max_new_tokens, words)
     console = Console()
+    for sampling in (m.sampling for m in media if getattr(m, "sampling", None)):
+        times = ", ".join(f"{t:.1f}" for t in sampling.seconds or sampling.indices)
+        unit = "s" if sampling.seconds else "(numbers)"
+        console.print(f"[dim]frames by {escape(sampling.rule)}: {times} {unit}[/]")
     for a in answers:
         name = f"{a.setting.name} {a.setting.shown_ratio}"
         tokens = f"visual tokens: {compact(a.cost.per_layer)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,12 @@ class FileQuestions(Sequence[Example]):
         numbered = enumerate(text.split("\n"), 1)
         lines = [(number, line) for number, line in numbered if line.strip()]
         rows = [read_question(file, *line, str(n)) for n, line in enumerate(lines)]
-        if len({row.id for row in rows}) < len(rows):
-            raise OptionError(f"{file}: two questions have one id, by which answers are stored.")
+        (name, count), *_ = [*Counter(row.id for row in rows).most_common(1), ("", 0)]
+        if count > 1:
+            raise OptionError(
+                f"{file}: {count} questions have one id, {short(name)!r}, by which answers are "
+                "stored."
+            )
         if held_out is not None:
             root = file.parent.resolve()
             media = [[_name(Path(m), root) for m in row.media] for row in rows]

@@ -11,6 +11,7 @@ from tokencomp.errors import FrameChoiceWarning, MediaError, OptionError
 from tokencomp.inputs.access import check_readable
 from tokencomp.inputs.clock import part
 from tokencomp.inputs.images import UNREADABLE, Image, load_image
+from tokencomp.inputs.sounds import is_sound
 from tokencomp.inputs.video import Sampling, Video
 from tokencomp.inputs.video.clips import (
     AnimationClip,
@@ -112,6 +113,8 @@ def load_media(
     if path.is_file() and path.stat().st_size == 0:
         raise MediaError(f"{path}: the file is empty (0 bytes). Download or export it again.")
     if not is_video(path):
+        if is_sound(path):
+            raise MediaError(f"{path}: a sound. Read it with tokencomp.inputs.sounds.load_sound.")
         with part("decode"):
             return load_image(path)
     with part("open"):

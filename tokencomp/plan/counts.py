@@ -23,6 +23,8 @@ def check_ratio(ratio: Any, name: str = "ratio", instead: str = "") -> float:
     The message has the `name` of the argument, and what else it takes (`instead`).
     """
     if not fits(ratio, float) or not 0.0 <= ratio < 1.0:
+        if name == "ratio" and fits(ratio, int) and ratio > 1:
+            instead += f", or budget={ratio} for tokens of every item"
         raise RatioError(
             f"{name}={ratio!r}: expected a number in [0, 1), the fraction of visual-token work to "
             f"remove (0 = off, 0.75 = a quarter is left). Use e.g. {name}=0.5{instead}."
@@ -181,6 +183,6 @@ def _checked(budget: Any) -> int:
     if not fits(budget, int) or not 1 <= budget <= MAX_BUDGET:
         raise RatioError(
             f"budget={budget!r}: expected a whole number of visual tokens from 1 to {MAX_BUDGET:,}."
-            " Use e.g. budget=512."
+            " Use e.g. budget=512; ratio=0.75 removes a share."
         )
     return int(budget)

@@ -7,6 +7,7 @@ which pass (`vllm.request_checks`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -20,8 +21,8 @@ from tokencomp.serving import KEY
 from tokencomp.serving.limits import FORMS, Limits, RequestError, check_form, check_structure
 from tokencomp.serving.spec import REQUEST_KEYS, ServerOptions
 
-# pydantic's names for the alternative types of a field
-ALTERNATIVES = ("str", "list[Part]", "list[str]", "literal['none','auto','required']", "Tool")
+# pydantic's names for the alternative types of a field: str, list[…], literal[…], a class
+ALTERNATIVES = re.compile(r"(str|Tool)$|(list|literal|function-\w+)\[")
 
 
 class Strict(BaseModel):
@@ -199,7 +200,7 @@ def _message(error: ValidationError) -> str:
     """Messages about one wrong field: of alternative types the deepest location."""
     messages: dict[tuple[Any, ...], dict[str, None]] = {}  # by field, in order and each once
     for e in error.errors(include_url=False, include_input=False):
-        field = tuple(part for part in e["loc"] if part not in ALTERNATIVES)
+        field = tuple(part for part in e["loc"] if not ALTERNATIVES.match(str(part)))
         messages.setdefault(field, {})[e["msg"]] = None
     deepest = max(messages, key=len)
     return f"{'.'.join(map(str, deepest)) or 'body'}: {' / '.join(messages[deepest])}"
