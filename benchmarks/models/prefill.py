@@ -263,20 +263,20 @@ LEGEND = """Random weights in {dtypes}, without the vision tower: median time of
 prefill divided by that of the patched one, in brackets from the slowest to the fastest of all
 pairs of runs. Fewer FLOPs: the same for the decoder's arithmetic. Time may gain more, because a
 long prompt costs more time per FLOP than a short one: a text of the compressed length, without
-any patch, takes 78 to 98 % of the compressed time where it was measured (`of_native`). Reducer:
+any patch, takes {native} of the compressed time where it was measured (`of_native`). Reducer:
 its own time, scoring included, as a share of the full prefill. Peak memory and KV cache: shares
-of the unpatched run's, at the highest ratio; the peak was measured with release 0.1, which stored
-a merged token once for every token that it represents ([since then](decoding.md) once). [All
-cases](../README.md#tables-as-csv)."""
+of the unpatched run's, at the highest ratio. [All cases](../README.md#tables-as-csv)."""
 
 
 def page(records: list[dict[str, Any]]) -> str:
     """The page of all records, by method and ratio."""
     dtypes = " or ".join(dict.fromkeys(r["dtype"] for r in records))
+    shares = [r["fraction_of_native"] for r in records if r["fraction_of_native"]]
+    native = f"{min(shares):.0%} to {max(shares):.0%}" if shares else "a share (not measured)"
     parts = [
         "# How much faster is the LLM prefill?",
         overview(records),
-        LEGEND.format(dtypes=dtypes).replace("\n", " "),
+        LEGEND.format(dtypes=dtypes, native=native).replace("\n", " "),
     ]
     return "\n\n".join(parts) + "\n"
 
