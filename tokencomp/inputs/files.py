@@ -40,10 +40,10 @@ class FileQuestions(Sequence[Example]):
         numbered = enumerate(text.split("\n"), 1)
         lines = [(number, line) for number, line in numbered if line.strip()]
         rows = [read_question(file, *line, str(n)) for n, line in enumerate(lines)]
-        (name, count), *_ = [*Counter(row.id for row in rows).most_common(1), ("", 0)]
-        if count > 1:
+        twice = [name for name, times in Counter(row.id for row in rows).items() if times > 1]
+        if twice:
             raise OptionError(
-                f"{file}: {count} questions have one id, {short(name)!r}, by which answers are "
+                f"{file}: two questions have the id {short(twice[0])!r}, by which answers are "
                 "stored."
             )
         if held_out is not None:
