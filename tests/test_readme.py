@@ -173,7 +173,7 @@ def test_dated_figures_of_the_text_are_those_of_their_pages() -> None:
     text = " ".join(README.split())
     results = Results.read(ACCURACY / "unseen" / "tiny-qwen3-vl", "test")
     unseen = [record(results, f"auto-{ratio}") for ratio in ("0.75", "0.9")]
-    said = re.search(r"([\d.]+) and ([\d.]+) % at 0.75 and 0.9 \(([\d-]+)\)", text)
+    said = re.search(r"([\d.]+) and ([\d.]+) % at 0.75 and 0.9 \(([\d-]+), \w+\)", text)
     assert said and {said[3]} == {row["date"] for row in unseen}
     wanted = [row["kept_images"] for row in unseen]
     assert [float(said[1]), float(said[2])] == pytest.approx([100 * v for v in wanted], abs=0.051)

@@ -344,7 +344,8 @@ def facts(results: Results, tables: str) -> str:
         f"the full model is right in {sum(scores) / len(scores):.1%}. Learned families: "
         f"{families}. [All methods, ratios and families]({tables})."
     )
-    shown = {s["run"] for s in results.settings.values() if s["reducer"] == results.default}
+    labels = {label for by_ratio in methods(results).values() for label in by_ratio.values()}
+    shown = {results.settings[label]["run"] for label in labels}
     runs = [results.manifest["runs"][number] for number in sorted(shown)]
     mark = "" if all(run.get(MARK, True) for run in runs) else " **Not for publication.**"
     return f"{asked}{mark}\n\n" + "\n".join(f"- {provenance(run)}" for run in runs)
