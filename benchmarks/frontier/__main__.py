@@ -64,7 +64,7 @@ def answer(modality: str, points: Sequence[Point], args: argparse.Namespace, pat
         before = entries.get(name)
         entries[name] = {
             "model": MODEL, "weights": weights_hash(model),
-            "provenance": {**facts, **environment()},
+            "provenance": {**environment(), **facts},
             "answers": before["answers"].joined(new) if before else new,
         }  # fmt: skip
         publishing.write(path, stored_sets(entries))
@@ -124,7 +124,7 @@ def time_first_token(
             for point in order[first : first + 8]:
                 times.setdefault(point.key, []).append(full / timer.seconds(point))
             print(f"{modality}, round {number + 1}: {first + 8} settings, full {full:.1f} s")
-    stored[modality] = {"provenance": {**facts, **environment()}, "speedups": times}
+    stored[modality] = {"provenance": {**environment(), **facts}, "speedups": times}
     publishing.write(path, stored)
 
 
