@@ -199,6 +199,7 @@ ELSEWHERE = {
     "video_pruning_rate": ("vLLM", "reducer='evs', ratio={'video': 0.5}"),
     "dominant": ("VisionZip", "reducer='visionzip', budget=64"),
     "contextual": ("VisionZip", "reducer='visionzip', budget=64"),
+    "k": ("FastV", 'plan=[{"layer": 2, "fraction": 0.5, "reducer": "fastv"}]'),
     "r": ("ToMe", "reducer='bipartite', ratio=0.5"),
     "tome": ("ToMe", "reducer='bipartite'"),
 }

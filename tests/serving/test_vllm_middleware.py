@@ -230,7 +230,7 @@ def test_settings_outside_of_their_field_are_refused(name: str) -> None:
 def test_a_ratio_of_sounds_is_refused() -> None:
     body = user(part(image(1)), tokencomp={"ratio": {"audio": 0.9}})
     answer = ask(vllm(), body)
-    assert answer.status == 400 and "audio has no effect" in str(answer.content)
+    assert answer.status == 400 and "compresses images and videos" in str(answer.content)
 
 
 def test_a_prompt_with_media_is_not_cut() -> None:

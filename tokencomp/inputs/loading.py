@@ -23,8 +23,6 @@ def pick_device(device: str = "auto") -> str:
     if device != "auto":
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise OptionError(f"device {device!r}: torch finds no CUDA GPU. Use device 'cpu'.")
-        if device.startswith("mps") and not torch.backends.mps.is_available():
-            raise OptionError(f"device {device!r}: torch finds no GPU of a Mac. Use device 'cpu'.")
         return device
     if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         return "cpu"

@@ -36,7 +36,6 @@ ARGUMENTS = (  # of `patch`
     "ratio", "budget", "reducer", "plan", "tower_ratio", "tower_reducer", "strict",
     "positions", "extend_context", "verify", *OPTIONS,
 )  # fmt: skip
-LAYERS = ' Layers and fractions are those of plan=[{"layer": 2, "fraction": 0.5, "reducer": …}].'
 R = TypeVar("R", bound=type[Reducer])
 _REGISTRY: dict[str, type[Reducer]] = {}
 _built_in_loaded = _plugins_loaded = False
@@ -164,18 +163,11 @@ def make_reducer(name: str | Reducer, /, **options: Any) -> Reducer:
         raise UnknownOptionError(
             f"reducer {name!r} has no option {', '.join(map(repr, wrong))}."
             f"{hint(wrong[0], [*allowed, *ARGUMENTS])} Its options: {', '.join(allowed) or 'none'}."
-            f"{LAYERS if cuts_between_layers(cls) else ''}"
         )
     try:
         return cls(**options)
     except (TypeError, OverflowError) as error:  # a required option, or one that is no number
         raise OptionError(f"reducer {name!r}, options {options}: {error}.") from None
-
-
-def cuts_between_layers(cls: type[Reducer]) -> bool:
-    """Whether the method of a class has layers of its paper before which it drops tokens."""
-    own = getattr(cls, "published_layers", Reducer.reduce)
-    return own.__qualname__ not in ("Reducer.reduce", "Published.published_layers")
 
 
 def options_of(reducer: Reducer) -> dict[str, Any]:

@@ -40,6 +40,11 @@ FEATURES = {
         lambda method: f"ratio={method.ratios}" if method.ratios else "",
         "Give one ratio.",
     ),
+    "audio": Feature(
+        "ratios of audio",
+        lambda method: f"ratio={method.ratios}" if "audio" in method.ratios else "",
+        "Leave audio out.",
+    ),
     "whole_prompt": Feature(
         "budgets of a whole prompt",
         lambda method: str(b) if (b := method.built_budget) and b.whole_prompt else "",
@@ -70,7 +75,8 @@ class Capability:
             method = replace(method, **off)
         for name, why in self.refused.items():
             if asked := FEATURES[name].asked(method):
-                other = " Or serve with `--engine hf`." if self.name not in ("hf", "MLX") else ""
+                elsewhere = self.name != "MLX" and name not in ENGINES["hf"].refused
+                other = " Or serve with `--engine hf`." if elsewhere else ""
                 raise OptionError(f"{asked}: {why}. {FEATURES[name].fix}{other}")
         if not self.every_reducer and method.names_reducer:
             from tokencomp.serving.servable import check_servable
@@ -91,6 +97,7 @@ ENGINES = {
         "vLLM",
         {
             "weights": NO_WEIGHTS.format("vLLM without --merge"),
+            "audio": "the vLLM plugin compresses images and videos",
             "whole_prompt": BY_ITEM, "plans": ONE_REDUCER,
         },
     ),
@@ -100,6 +107,7 @@ ENGINES = {
             "weights": NO_WEIGHTS.format("SGLang"),
             "tower": "the SGLang plugin has no stage in the vision tower",
             "by_modality": "the SGLang plugin has one ratio for all media",
+            "audio": "the SGLang plugin compresses images and videos",
             "whole_prompt": BY_ITEM, "plans": ONE_REDUCER,
         },
     ),
@@ -108,6 +116,7 @@ ENGINES = {
         {
             "tower": "tokencomp.mlx has no stage in the vision tower",
             "by_modality": "tokencomp.mlx has one ratio for all media",
+            "audio": "tokencomp.mlx compresses images and videos",
             "whole_prompt": "tokencomp.mlx has budgets of single images and videos",
             "plans": "tokencomp.mlx has one stage, before the first layer",
         },

@@ -166,11 +166,6 @@ class ServerOptions:
             raise RatioError(
                 f"ratio={largest}: this server allows ratios from 0 to {self.max_ratio}."
             )
-        if engine != "hf" and "audio" in method.ratios:
-            raise RatioError(
-                f"a ratio of audio has no effect: on {engine}, images and videos are compressed. "
-                "Leave it out."
-            )
         return engines.engine(engine, self.merging).fit(method)
 
 
