@@ -215,6 +215,25 @@ def test_nothing_is_lost_by_a_failure(name: str, reducer: str) -> None:
     assert difference(logits, one_prompt(model, family, parts)) < 1e-5
 
 
+@pytest.mark.parametrize(("name", "frames"), [("qwen2_vl", 16), ("qwen2_5_vl", 8)])
+def test_clips_that_last_longer_than_they_are_wide_are_refused(name: str, frames: int) -> None:
+    """Also after a short one: text after them begins before their last frame. Pieces are exact."""
+    family = FAMILIES[name]
+    model = family.build()
+    torch.manual_seed(3)
+    long, parts = [family.video(frames), text(2, 7)], [[text(4, 1), family.video(4)]]
+    parts += [[family.video(4)] for _ in range(frames // 4)] + [[text(2, 7)]]
+    conversation = Conversation(model, None, "oldest")
+    logits = conversation.add(part(family, parts[0]))
+    held = conversation.tokens, conversation.rows
+    with pytest.raises(UnsupportedModelError, match="after its largest position"):
+        conversation.add(part(family, long))
+    assert (conversation.tokens, conversation.rows) == held
+    for row in parts[1:]:
+        logits = conversation.add(part(family, row))
+    assert difference(logits, one_prompt(model, family, parts)) < 1e-5
+
+
 def test_batches_are_refused() -> None:
     family = FAMILIES["qwen2_vl"]
     conversation = Conversation(family.build(), None, "oldest")

@@ -19,13 +19,14 @@ class Positions:
     """The positions that the model would compute for the whole conversation as one prompt.
 
     With M-RoPE the model computes positions of one part from 0 on. They are shifted after the
-    largest position so far, as the model does after an image. Once per modality this is checked, on
-    a part that is repeated in one prompt. `following` is the position of the next token.
+    largest position so far, as the model does after an image. This is checked, on a part that is
+    repeated in one prompt: models that count seconds or frames along one axis go on before the
+    largest position after a long clip of small frames. `following` is the position of the next
+    token.
     """
 
     def __init__(self, adapter: Adapter) -> None:
         self._adapter, self.following = adapter, 0
-        self._checked: set[int] = set()
         if adapter.mrope and (
             adapter.mrope_rows > 3 or not hasattr(adapter.body, "get_rope_index")
         ):
@@ -62,14 +63,10 @@ class Positions:
         return compat.rope_index(body, ids, types, **grids)
 
     def _check(self, inputs: Mapping[str, Tensor], modalities: Tensor, own: Tensor) -> None:
-        new = {int(code) for code in modalities.unique() if code} - self._checked
-        if not new:
-            return
         twice = self._local(inputs, modalities, copies=2)
         if not torch.equal(twice, torch.cat([own, own + own.max() + 1], -1)):
             raise UnsupportedModelError(
-                f"{type(self._adapter.body).__name__} does not place what follows an image or "
+                f"{type(self._adapter.body).__name__} does not place what follows this image or "
                 "video after its largest position, so a session could not place later turns. "
-                "Give the whole conversation as one prompt."
+                "Append a long clip in shorter ones, or give the whole conversation as one prompt."
             )
-        self._checked |= new
