@@ -170,11 +170,11 @@ def restore_visual_context(model: nn.Module) -> None:
 def yarn(base: float, dim: int, window: int, factor: float) -> tuple[Tensor, float]:
     """YaRN as transformers computes it: inverse frequencies, fp32 (dim / 2,), and `attention`.
 
-    Pairs of dimensions that turn more than 32 times within the window do not change, and those that
+    Pairs of dimensions that turn more than 32 times within the window do not change; pairs that
     turn less than once are divided by `factor`. For Qwen2 (base 1e6, d = 128) and a window of 6272
     the ramp between them runs over pairs 15 … 32. Cosine and sine are multiplied by `attention`.
 
-    `base` is that of the rotary frequencies of heads with `dim` dimensions, `window` is the number
+    `base` belongs to the rotary frequencies of heads with `dim` dimensions, `window` is the number
     of positions in training, and `factor` is the target length / `window`, at least 1.
     """
     from transformers import Qwen2Config

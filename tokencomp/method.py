@@ -99,7 +99,7 @@ class Method(StageOptions):
     @property
     def _given(self) -> dict[str, Any]:
         """The arguments that differ from their defaults, for `check_exclusive`."""
-        ratio = 0.0 if self.plan is not None else self.ratio  # that of a plan is only written down
+        ratio = 0.0 if self.plan is not None else self.ratio  # a plan's is only written down
         values = {
             "reducer": self.reducer, "ratio": ratio, "ratios": self.ratios, "budget": self.budget,
             "plan": self.plan, "tower_ratio": self.tower_ratio, "tower_reducer": self.tower_reducer,
@@ -211,7 +211,7 @@ class Method(StageOptions):
 
     @property
     def off(self) -> bool:
-        """Whether the ratio is 0 for all media, and no pixels decide what stays."""
+        """Whether the ratio is 0 for all media, and no pixels decide what is kept."""
         if self.repeats is not None:
             return False
         if self.plan is not None:

@@ -37,7 +37,7 @@ ENCODED = "mm_encoder_outputs"  # features that `generate` has encoded, by modal
 TYPES = "mm_token_type_ids"  # 0 text, 1 image, 2 video, 3 audio, from the processor
 
 FINAL_NORMS = ("norm", "final_layernorm", "final_norm", "norm_f", "ln_f", "embedding_norm")
-"""Names of the norm after the last decoder layer; the last is that of LFM2."""
+"""Names of the norm after the last decoder layer; the last is LFM2's."""
 
 
 @dataclass
@@ -235,7 +235,7 @@ class Adapter(Hooked):
     placeholders
         Token id → modality (1 image, 2 video, 3 audio).
     encoders
-        Methods of the body that encode media, and of which modality.
+        Methods of the body that encode media, and the modality of each.
     encoded
         Their calls, while the model is patched.
     layers_read_positions

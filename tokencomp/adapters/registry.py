@@ -73,7 +73,7 @@ def _unwrapped(model: Any) -> Iterator[Any]:
 
 
 def adapter_for(model: nn.Module) -> Adapter:
-    """The adapter of a model: that of its family, or the structural one.
+    """The adapter of a model: its family's, or the structural one.
 
     Raises
     ------

@@ -46,7 +46,7 @@ def answer_prompt(
 
 
 def _words(stats: Any, boxes: Sequence[Box], size: tuple[int, int]) -> float | None:
-    """Share of words of which the last layer sees half; None if nothing is dropped."""
+    """Share of words with half of their cells in the last layer; None if nothing is dropped."""
     if stats is None:
         return None
     shares = survival(stats, len(stats.layers) - 1)

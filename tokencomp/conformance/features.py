@@ -1,4 +1,4 @@
-"""Random features in place of those that a vision or audio tower would return.
+"""Random features in place of the output of a vision or audio tower.
 
 They are returned by `get_image_features` (or `get_audio_features`), in the layout that the rest of
 the model expects. The layout differs between families and releases, so all are tried.

@@ -6,7 +6,7 @@ prompt, and the subject of every module. Here are the words, and an example of t
 Five data classes: `VisualSpan` (an image in the prompt), `RowMap` (which column every row holds),
 `Tokens` (what a reducer sees), `Kept` (what it keeps), and `Call` (one decoder call).
 
-Four coordinates, each with one name, and `entry`, which is that of transformers:
+Four coordinates, each with one name, and `entry`, which transformers counts:
 
     column  place in the uncompressed sequence, over all calls and with padding. Positions, windows
             and the length of a cache count columns (with `positions="compact"` rows).

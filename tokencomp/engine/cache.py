@@ -1,6 +1,6 @@
 """KV cache layers of a compressed prompt: they hold fewer rows than the sequence has columns.
 
-A prompt of eight tokens of which three were dropped:
+A prompt of eight tokens, three of them dropped:
 
     columns of the prompt    0  1  2  3  4  5  6  7
     rows that are held       0  1        4     6  7

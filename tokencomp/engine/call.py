@@ -107,7 +107,7 @@ def build_segments(
     layer says which of its rows are real, and the caller's padding `mask` (B, past + L) is for the
     others. `new`: rows of the call before any stage.
     """
-    # A segment starts at every stage of this plan, and at those that earlier calls had.
+    # A segment starts at every stage of this plan, and of the plans of earlier calls.
     stages = {s.layer: s for s in plan.stages}
     earlier = {i for i, layer in enumerate(layers) if getattr(layer, "starts_segment", False)}
     starts = sorted({0, *stages, *earlier})

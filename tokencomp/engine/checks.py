@@ -1,6 +1,6 @@
 """Refusals: when a model is patched, before a prompt runs, and while it runs.
 
-`PLAN_CHECKS` and `PROMPT_CHECKS` list those that depend on a plan or a prompt; each list is
+`PLAN_CHECKS` and `PROMPT_CHECKS` list checks of a plan and of a prompt; each list is
 evaluated completely before anything is changed or computed. The functions at the end check facts
 that are known only during the call. Other modules refuse their arguments themselves.
 """

@@ -123,8 +123,8 @@ def choose(call: Call, stage: Stage, x: Tensor) -> tuple[list[list[int]], Chosen
     """Let the reducer of a stage choose tokens of every span.
 
     Returns, per sample and span, the number of kept tokens, including text between the frames of a
-    video; the spans of which the reducer chose some tokens, but not all; and its choice over all of
-    these spans, concatenated, or None if there are none.
+    video; the spans that keep some of their tokens; and the reducer's choice over all of these
+    spans, concatenated, or None if there are none.
     """
     counts, cuts = _cuts(call, stage)
     scores = texts = None

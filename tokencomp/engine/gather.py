@@ -81,7 +81,7 @@ def _gather_deepstack(
 
     mask: Tensor = kwargs[mask_name].to(columns.device)  # (B, L), or (B, L, d) with equal columns
     flat = mask if mask.ndim == 2 else mask[..., 0]
-    # mask 0 1 1 0 1: numbers -1 0 1 1 2; that of a visual column is the row of its features.
+    # mask 0 1 1 0 1: numbers -1 0 1 1 2: of a visual column, the row of its features.
     number = flat.flatten().cumsum(0).view_as(flat) - 1
     kwargs[mask_name], kept, number = gather_rows([mask, flat, number], columns)
 

@@ -6,7 +6,7 @@ tokens only need the right mask:
     one token, no padding, no window     no mask: it attends to all rows; where tokens were merged,
                                          the logarithms of the weights
     one token on a static cache          a mask of constant shape, without a host read
-    anything else                        `Masks` of a `Call`: here that of segment 0; the hooks of
+    anything else                        `Masks` of a `Call`: here of segment 0; the hooks of
                                          the layers ask for those of other segments (`layers.py`)
 
 Masks also add log(weight) of merged rows, or heads are widened: `tokencomp.engine.weights.carrier`

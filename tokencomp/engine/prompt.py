@@ -112,7 +112,7 @@ def _map(
 def read_positions(
     adapter: Adapter, arguments: Mapping[str, Any], past: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Positions of an uncompressed decoder call, and those that separate packed prompts.
+    """Positions of an uncompressed decoder call, and positions that separate packed prompts.
 
     The former are (3, B, L) for M-RoPE, else (B, L); the latter (B, L) or (1, L), or None if the
     caller passed none.

@@ -2,7 +2,7 @@
 
 A *column* is a position in the uncompressed sequence, over all calls of a conversation, padding
 included. A *row* is an index into what is held: hidden states of a call, or a cache layer. A prompt
-of eight tokens of which columns 2, 3 and 5 were dropped, and two later tokens:
+of eight tokens without columns 2, 3 and 5, which were dropped, and two later tokens:
 
     column   0  1  2  3  4  5  6  7 | 8  9
     row      0  1  .  .  2  .  3  4 | 5  6      rows 7, dropped 3, length 10
@@ -212,7 +212,7 @@ class RowMap:
     def select(self, change: Callable[[Tensor], Tensor]) -> RowMap:
         """The map of a cache whose samples are reordered, repeated or selected, as by beam search.
 
-        `change` maps a tensor (B, …) to that of the new batch.
+        `change` maps a tensor (B, …) to one of the new batch.
         """
         return self._changed(change, (*ROWWISE, "starts"), memory=self.memory.select(change))
 

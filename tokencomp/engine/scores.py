@@ -105,7 +105,7 @@ class StageScores:
         self.spans[stage] = sums[moved["line"], moved["column"]] / moved["voters"]
 
     def follow(self, before: RowMap, after: RowMap, index: Tensor, device: torch.device) -> None:
-        """Remove scores of dropped tokens; `index` is that of `RowMap.keep`."""
+        """Remove scores of dropped tokens; for `index` see `RowMap.keep`."""
         if self.raters is not None:
             self.raters = self.raters.to(device).gather(1, index)
         for stage, scores in self.spans.items():

@@ -31,7 +31,7 @@ OFF = (
 
 @dataclass(repr=False)
 class Stats:
-    """Counts of one prefill, most of which are computed on access.
+    """Counts of one prefill; most are computed on access.
 
     False where no prefill was counted: before the first, after a prompt without media, and at ratio
     0. Then all numbers are 0, and all lists empty.

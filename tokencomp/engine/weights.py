@@ -254,7 +254,7 @@ def attention_modules(layers: Iterable[nn.Module], known: bool = False) -> list[
     be capped too), with an indexer, which adds its mask only under the backends that it knows, or
     (`known`) not known to call a backend.
     """
-    # Wrappers, such as that of torch.compile, forward attributes of the inner module.
+    # Wrappers, as of torch.compile, forward attributes of the inner module.
     modules = [m for layer in layers for m in layer.modules() if "layer_idx" in vars(m)]
     found: list[Any] = [m for m in modules if hasattr(m, "is_causal")]
     wrong = [m for m in found if getattr(m, "indexer", None) or getattr(m, "config", None) is None]

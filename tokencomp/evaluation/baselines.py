@@ -56,7 +56,7 @@ class EqualTokens:
         return self._tokens[key]
 
     def _takes(self, media: Any) -> bool:
-        """Whether the processor accepts it: that of Qwen-VL refuses aspect ratios above 200."""
+        """Whether the processor accepts it: Qwen-VL's refuses aspect ratios above 200."""
         try:
             return self.tokens(media) > 0
         except MediaError:

@@ -35,7 +35,7 @@ class Comparisons:
 class Loss:
     """A group of items on which a method scores lower than a baseline at its ratio.
 
-    `gap` is its accuracy minus that of the baseline.
+    `gap` is its accuracy minus the baseline's.
     """
 
     label: str

@@ -12,7 +12,7 @@ from tokencomp.inputs.prompts import prompt_lengths
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one sample: uncompressed visual tokens, and those that each decoder layer sees.
+    """Cost of one sample: uncompressed visual tokens, and the visual tokens of each decoder layer.
 
     `flops` and `kv_bytes` are those of the decoder layers for the prefill and the keys and values
     that it caches; `decode_flops` those of one further token.

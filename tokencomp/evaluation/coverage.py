@@ -74,6 +74,6 @@ def touched(box: Box, size: tuple[int, int], grid: tuple[int, int]) -> np.ndarra
 
 
 def words_kept(kept: np.ndarray, boxes: Sequence[Box], size: tuple[int, int]) -> float:
-    """Share of boxes of which at least half of the cells of `kept` (rows, columns) are kept."""
+    """Share of boxes that keep at least half of their cells; `kept` (rows, columns) is bool."""
     cells = [touched(box, size, (kept.shape[0], kept.shape[1])) for box in boxes]
     return float(np.mean([kept[at].mean() >= HALF for at in cells]))

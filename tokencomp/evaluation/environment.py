@@ -44,7 +44,7 @@ def commit() -> str | None:
 
 def git(root: Path, *args: str) -> str:
     """Output of a git command in the checkout at `root`, without the trailing newline."""
-    # Without the locks that `status` takes to refresh the index: a full disk leaves them behind.
+    # Without the locks that `status` takes to refresh the index: on a full disk, lock files remain.
     command = ["git", "--no-optional-locks", "-C", str(root), *args]
     return subprocess.run(
         command, capture_output=True, text=True, check=True, timeout=30

@@ -67,7 +67,7 @@ def _paired(first: Sequence[float], second: Sequence[float]) -> tuple[np.ndarray
 
 
 def retention(compressed: Sequence[float], full: Sequence[float]) -> Retention:
-    """Mean of `compressed` divided by that of `full`.
+    """Mean of `compressed` divided by the mean of `full`.
 
     Both are scores per item, in the same order; 0 or 1, or anything non-negative. Raises
     `OptionError` for different lengths, no items, or scores that are not finite.

@@ -38,9 +38,9 @@ def profile(
 
     Returns a row per variant, ready for JSON; seconds are medians. `peak_bytes` is the peak memory
     of one prefill above what was held before it, None where it cannot be read; `kv_bytes` are
-    counted on the cache itself. `speedup` is that of the LLM prefill with the reducer,
+    counted on the cache itself. `speedup` is for the LLM prefill with the reducer,
     `limit_reached` its share of what FLOPs allow, `reduce_overhead` the reducer's time over the
-    uncompressed prefill, and `total_speedup` that of the whole call.
+    uncompressed prefill, and `total_speedup` is for the whole call.
     """
     from tqdm.auto import tqdm
 

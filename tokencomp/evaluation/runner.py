@@ -82,7 +82,7 @@ def sweep(
         adapters are switched off.
     items
         Examples with distinct ids. Those whose media cannot be read, or are refused by the
-        processor, are recorded as failed; under a method, also those that it cannot reduce. If the
+        processor, are recorded as failed, and so are examples that the method cannot reduce. If the
         first ten all fail under a setting, it is not asked the others, which count as failed.
     settings
         See `tokencomp.evaluation.settings.grid`.

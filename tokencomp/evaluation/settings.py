@@ -46,7 +46,7 @@ class Setting(Method):
     """
 
     reducer: str | Reducer = FULL
-    name: str = ""  # of its row; by default that of the reducer, or "plan"
+    name: str = ""  # of its row; by default the reducer's, or "plan"
     variant: str = ""  # which of several models answers, see `sweep`
 
     def __post_init__(self) -> None:

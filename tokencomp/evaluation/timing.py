@@ -62,7 +62,7 @@ class _Seconds:
 class _Watch(Hooked):
     """Marks before and after the hooks of tokencomp on the decoder and its layers.
 
-    Of hooks registered first (`prepend`) and last, the time between is that of the reducer. The
+    The reducer's time is between a hook registered first (`prepend`) and one registered last. The
     patch registers hooks on layers while the decoder is called, so those are enclosed then.
     """
 

@@ -91,7 +91,7 @@ def _object(where: str, line: str) -> dict[str, Any]:
 
 
 def _path(where: str, folder: Path, text: Any) -> str:
-    """The path of a file or folder that exists; `folder` is that of the questions."""
+    """The path of a file or folder that exists; `folder` holds the questions."""
     path = folder / str(text)
     try:
         found = path.exists() and not path.samefile(folder)

@@ -125,7 +125,7 @@ def load_folder(path: str, dtype: torch.dtype | None = None, **options: Any) -> 
     processor = AutoProcessor.from_pretrained(path, **local)
     dtype = torch.float32 if dtype is None else dtype
     images = AutoModelForImageTextToText
-    kinds = (images, getattr(transformers, "AutoModelForMultimodalLM", images))  # those that listen
+    kinds = (images, getattr(transformers, "AutoModelForMultimodalLM", images))  # listens
     kind = next((k for k in kinds if type(config) in k._model_mapping), images)
     model = kind.from_pretrained(path, dtype=dtype, **options)
     return model.eval(), processor

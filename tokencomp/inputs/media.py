@@ -82,8 +82,8 @@ def load_media(
     Raises
     ------
     MediaError
-        File missing, without permission to read it, empty, corrupt or without frames, or without
-        those that `frames` names.
+        File missing, without permission to read it, empty, corrupt, without frames, or without the
+        frames that are asked for.
     OptionError
         `frames`, `size` or `decoder` is none of the above.
     ScoreError

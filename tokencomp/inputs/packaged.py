@@ -45,7 +45,7 @@ def model_path(name: str) -> Path:
 
 
 def resolve(name_or_path: str | Path) -> str:
-    """The folder of a model: that of an embedded one, or a path; a hub id is returned unchanged.
+    """The folder of an embedded model, or a path; a hub id is returned unchanged.
 
     A bare name that resembles an embedded model raises instead of being looked up on the hub, and a
     path that does not exist raises `UnsupportedModelError`.

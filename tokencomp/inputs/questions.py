@@ -61,7 +61,7 @@ class Example:
 
     @property
     def replies(self) -> tuple[str, ...]:
-        """Texts that are right: all answers, and the letters of those that are options."""
+        """Texts that are right: all answers, and the letters of answers that are options."""
         answers = (self.answer, *self.also)
         return *answers, *(match[1] for match in map(_option, answers) if match)
 

@@ -10,7 +10,7 @@ from tokencomp.errors import MediaError, MissingDependencyError, install
 from tokencomp.inputs.access import check_readable
 
 RATE = 16_000
-"""Samples per second: that of Whisper's spectrograms, which models that listen read."""
+"""Samples per second, as for Whisper's spectrograms, which models that listen read."""
 SOUND_SUFFIXES = frozenset((".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac"))
 
 

@@ -29,7 +29,7 @@ class Task:
 
 
 def find_tasks(names: Sequence[str], data: LocalData | None, home: Path) -> list[Task]:
-    """The single tasks of names of tasks and groups; with local data, those that it has."""
+    """The single tasks of names of tasks and groups; with local data, the tasks that it has."""
     if data is not None:
         use_home(home)
     manager, members = _manager(), list[str]()

@@ -26,7 +26,7 @@ KINDS = ("image", "video")
 class LostItem:
     """One item that compression loses: what both models answer, and the file of its picture.
 
-    `facts`: of an answer made of facts, those that only the full model has.
+    `facts`: of an answer made of facts, the facts that only the full model has.
     """
 
     id: str

@@ -92,7 +92,7 @@ def strip(images: Sequence[Image.Image], columns: int = 4) -> Image.Image:
 def frames_of(media: Any, t: int) -> tuple[list[Image.Image], list[int]]:
     """The pictures of a span, and the temporal position (0 to t - 1) of each.
 
-    Several frames can share a position, of which all the same patches are kept.
+    Several frames can share a position; the same patches of all of them are kept.
     """
     if modality_of(media) == "image":
         return [media] * t, [*range(t)]

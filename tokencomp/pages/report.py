@@ -84,7 +84,7 @@ def _line(run: EvalRun, full: EvalRun, runs: Sequence[EvalRun]) -> Line:
 
 
 def _share(run: EvalRun, full: EvalRun, name: str) -> float:
-    """A cost relative to that of the full model, on items that both answered."""
+    """A cost relative to the full model's, on items that both answered."""
     costs = {r["id"]: float(r[name]) for r in full.answered if name in r}
     own = {r["id"]: float(r[name]) for r in run.answered if name in r and r["id"] in costs}
     whole = sum(costs[k] for k in own)

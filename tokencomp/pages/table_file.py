@@ -18,7 +18,7 @@ LATEX = str.maketrans(
 
 
 def check_suffix(path: Path) -> None:
-    """Raise `OptionError` unless the suffix is that of a table format."""
+    """Raise `OptionError` unless the suffix names a table format."""
     if path.suffix not in (".csv", ".tex"):
         raise OptionError(f"--table {path}: the suffix says what is written: .csv or .tex.")
 

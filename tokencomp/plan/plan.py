@@ -319,7 +319,7 @@ class Plan:
 
     @cached_property
     def has_budget(self) -> bool:
-        """Whether the kept fraction of an item depends on its size, or on that of its prompt."""
+        """Whether the kept fraction of an item depends on its size, or on its prompt's."""
         return any(s.budget is not None for s in self.stages)
 
     @cached_property
@@ -424,7 +424,7 @@ class Plan:
         return counts_at(nearest)
 
     def entering(self, span: VisualSpan) -> int:
-        """Visual tokens of `span` that enter the decoder: all, or those that the tower keeps.
+        """Visual tokens of `span` that enter the decoder: all, or as many as the tower keeps.
 
         An upper bound if the pixels decide (`TowerStage.decides`).
         """

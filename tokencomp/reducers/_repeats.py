@@ -22,7 +22,7 @@ class DropsRepeats(Reducer):
     """Base class of reducers that drop repeated cells before the vision tower.
 
     The count follows from the pixels. With a ratio or budget, `then` keeps at most that share or
-    number of the tokens of every uncompressed item, chosen among those that are left.
+    number of the tokens of every uncompressed item, chosen among the tokens that are left.
 
     Attributes
     ----------

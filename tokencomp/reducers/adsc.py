@@ -16,7 +16,7 @@ from tokencomp.reducers.published import cut_layers
 from tokencomp.tokens.stacks import HostIndex
 
 STAGES = (1 / 8, 1 / 3, 1 / 2)  # fractions of the depth
-WINDOW = 2.0  # tokens per window, one of which is kept
+WINDOW = 2.0  # tokens per window, which keeps one
 
 
 @register_reducer("adsc")

@@ -47,7 +47,7 @@ class FastVid(Reducer):
       other frames (ours).
     - Frames are described by the mean of their projected tokens, as there for Qwen; its other
       threshold and skipped frames for Qwen2.5-VL are left out.
-    - Attention is that of the last block; for LLaVA the release reads the pooling head of SigLIP,
+    - Attention is the last block's; for LLaVA the release reads the pooling head of SigLIP,
       which Hugging Face's LLaVA-OneVision does not load.
     - `Kept.weights` counts a merged token once, divided over all anchors of its segment.
 

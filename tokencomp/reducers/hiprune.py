@@ -32,8 +32,7 @@ class HiPrune(Published):
       that may exceed 1, and so chooses some twice.
     - The middle block is block ⌊15/32 · n⌋ of n, from 0: as there for Qwen2.5-VL. For LLaVA it
       takes the ninth of 24.
-    - In towers with a class token, attention is that of the class token; there it is that of all
-      rows.
+    - In towers with a class token, only the class token's attention counts; there all rows count.
 
     Neighbours at the edge wrap into the next row, as in the release.
     """

@@ -45,7 +45,7 @@ class Pool(Reducer):
         At most how much coarser the sides of the other frames are; 2 in the paper's figure. 1 pools
         all frames equally.
     position
-        Position of a pooled token: that of its "first" or its "mean" member (at the rounded mean
+        Position of a pooled token: its "first" or its "mean" member's (at the rounded mean
         row and column). None: "first" on models with one position per token, else "mean".
     """
 

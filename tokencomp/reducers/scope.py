@@ -27,7 +27,7 @@ class Scope(Reducer):
 
     - Features are those after the projector, as in its copy for Qwen; for LLaVA it takes those
       before the projector.
-    - Attention is that of the last block in use, as there for LLaVA, averaged over a token's
+    - Attention is read from the last block in use, as there for LLaVA, averaged over a token's
       patches.
 
     Attributes

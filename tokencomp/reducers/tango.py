@@ -51,7 +51,7 @@ class Tango(Reducer):
     - Time is the index of the frame; there it is in seconds.
     - A cluster's mean has the position of its centre; the release swaps these between clusters.
     - τ is 0.8 at every ratio; its scripts use 0.65 at 10 %.
-    - Attention is that of the last block; for LLaVA it reads SigLIP's pooling head, which Hugging
+    - Attention is the last block's; for LLaVA it reads SigLIP's pooling head, which Hugging
       Face does not load.
 
     Attributes

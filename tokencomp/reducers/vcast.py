@@ -37,7 +37,7 @@ class VCast(Reducer):
     - Rounding is by largest remainders; it gives all remaining tokens to the frame of the largest
       remainder, up to a whole frame more.
     - An image, or a video of one frame, is scored as a frame; it does not compress these.
-    - Frames of which an earlier stage kept nothing are skipped.
+    - Frames without tokens after an earlier stage are skipped.
     """
 
     summary = "budgets of frames by curvature, tokens unlike their frame (V-CAST 2603.27650)"

@@ -26,7 +26,7 @@ FREE_PIECES, PIECE_BYTES = 4096, 64  # chunks of a body, and how large more must
 
 
 class Pieces:
-    """Counts the chunks of a body, each of which costs as much as a large one."""
+    """Counts the chunks of a body: a small one costs as much as a large one."""
 
     def __init__(self) -> None:
         self.count = self.size = 0

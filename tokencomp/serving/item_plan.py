@@ -96,7 +96,7 @@ class ItemPlan:
     ) -> ItemPlan:
         """Plan an item under an active spec; `facts` of the model find and check trained weights.
 
-        `cells` are those that the tower sees of an item of one span, if the pixels decide. Raises
+        `cells`: if the pixels decide, the cells of an item of one span that the tower sees. Raises
         `WeightsError` for weights that are missing, damaged, or of another model.
         """
         facts = replace(facts or ModelFacts(mrope=False), mrope=extent > 0)

@@ -227,7 +227,7 @@ def _configs(arguments: Sequence[str]) -> list[str]:
 
 
 def sets(flags: Sequence[str], flag: str) -> bool:
-    """Whether a flag is among those given, of which argparse takes the beginnings."""
+    """Whether a flag is given; argparse also takes the beginning of a name."""
     return any(flag.startswith(name) for name in flags if len(name) > 2)
 
 

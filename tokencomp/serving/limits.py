@@ -62,7 +62,7 @@ def check_structure(content: bytes | bytearray) -> None:
 
 
 def check_form(name: str, text: bytes) -> None:
-    """Refuse a field that becomes a grammar, of which a large one stops the answers of others."""
+    """Refuse a large field that becomes a grammar, which would stop the answers of others."""
     if len(text) > MAX_FORM:
         raise RequestError(f"{name}: more than {MAX_FORM} characters. Send a smaller one.")
 

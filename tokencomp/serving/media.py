@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 FRAME_LIST = "video/jpeg"  # media type of a list of frames, as in vLLM
 
-MAX_SCANS = 100  # of a progressive JPEG, each of which passes over all pixels; usual: 10
+MAX_SCANS = 100  # of a progressive JPEG; each passes over all pixels; usual: 10
 MAX_SEGMENTS = 1000  # of a JPEG, which Pillow stores one by one; usual: 10, with profiles 200
 # A segment of a JPEG. In compressed data, the byte 0xFF is followed by 0 or by a restart marker.
 SEGMENT = re.compile(rb"\xff([\x02-\xcf\xd8-\xfe])")
@@ -248,7 +248,7 @@ def _color_table(flags: int) -> int:
 
 
 def _after_blocks(content: bytes, place: int) -> int:
-    """The offset after a list of sub-blocks, each of which starts with its length."""
+    """The offset after a list of sub-blocks; each starts with its length."""
     while place < len(content) and content[place]:
         place += 1 + content[place]
     return place + 1

@@ -158,8 +158,8 @@ class Chat(Strict, Generic[M]):
     ) -> tuple[Method, bool]:
         """The method of the request, and whether the load of the server may choose its ratio.
 
-        Without options of its own, it is that of images of low detail, has the `ratio` by load if
-        it has media, or is the default. Raises `RequestError`.
+        A request without options gets the method of images of low detail, or the default, with the
+        `ratio` by load if it has media. Raises `RequestError`.
         """
         media = [(part.type, part.medium.detail) for part in self.media]
         fields = self.tokencomp, (self.mm_processor_kwargs or {}).get(KEY)

@@ -28,7 +28,7 @@ class MediaRoom:
         self._inside: set[Any] = set()
 
     def check(self, size: int = 0) -> None:
-        """Raise `RequestError` (503) if media of `size` bytes find no room beside those held."""
+        """Raise `RequestError` (503) if media of `size` bytes find no room."""
         # One request of any size passes when nothing is held, else it could never run.
         if self.used and self.used + size > self.most:
             raise RequestError("the server is busy with media of others; try again later.", 503)

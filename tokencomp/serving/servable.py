@@ -47,7 +47,7 @@ def _is_safe(cls: type[Reducer], **options: Any) -> bool:
 
 
 def _safe_choices(cls: type[Reducer]) -> str:
-    """The first option with listed values of which some make `cls` safe, with these; or ""."""
+    """The first option that makes `cls` safe with some of its listed values, and these; or ""."""
     for option, hint in field_types(cls).items():
         values = [v for v in choices(hint) if _is_safe(cls, **{option: v})]
         if values:
@@ -56,7 +56,7 @@ def _safe_choices(cls: type[Reducer]) -> str:
 
 
 def check_servable(reducer: Reducer) -> Reducer:
-    """Return `reducer` if such an engine can run it; raise `OptionError` with those that can."""
+    """Return `reducer` if such an engine can run it; else `OptionError` lists all that can."""
     if serving_safe(reducer):
         return reducer
     able = ", ".join(f"{name} with {o}" if o else name for name, o in servable().items())

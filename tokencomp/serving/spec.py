@@ -115,7 +115,7 @@ class ServerOptions:
         """The method of a request, and whether the load of the server may choose its ratio.
 
         `given` are its tokencomp options, in one field or two; `details` those of `low_detail`; a
-        `ratio` by load replaces that of the default. Raises as `parse`.
+        `ratio` by load replaces the default's. Raises as `parse`.
         """
         asked: list[Any] = [as_changes(options) for options in given]
         if not asked and (low := self.low_detail(details)) is not None:

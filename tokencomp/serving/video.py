@@ -91,7 +91,7 @@ def _check_video(total: int, width: int, height: int, limits: Limits, pixels: in
     """Refuse a video of `total` frames of this size and more than `pixels` in all of them."""
     if total > limits.max_decoded:
         raise RequestError(f"more than {limits.max_decoded} frames.", 413)
-    # Frames in memory at one time: those that are chosen.
+    # Only the chosen frames are in memory at one time.
     check_size(width, height, limits, min(total, limits.frames))
     if total * width * height > pixels:
         raise RequestError(
@@ -199,7 +199,7 @@ def _stacked(
 
 
 def _whole(frames: Sequence[np.ndarray]) -> np.ndarray:
-    """The array of `_stacked`; `frames` are its parts, of which one repeats at a missing place."""
+    """The array of `_stacked`; `frames` are its parts, repeated where a place is missing."""
     array = frames[0].base
     assert array is not None and len(array) == len(frames)
     for row, frame in enumerate(frames):

@@ -163,7 +163,7 @@ class Mark:
 
 
 class _Rows:
-    """The attributes of a layer without its rows, of which a second copy would use memory."""
+    """The attributes of a layer without its rows: a second copy of these would use memory."""
 
     def __init__(self, layer: Any) -> None:
         self.kind, self.rows = type(layer), physical_length(layer)

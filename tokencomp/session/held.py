@@ -95,7 +95,7 @@ Order = Callable[[Held], Tensor]
 
 
 def oldest(held: Held) -> Tensor:
-    """Rows of media, first those that were last shown longest ago."""
+    """Rows of media, the least recently shown first."""
     rows = (held.items != TEXT).nonzero()[:, 0]
     return rows[torch.sort(held.items[rows], stable=True).indices]
 
@@ -106,14 +106,14 @@ def redundant(held: Held) -> Tensor:
     A patch is compared (cosine) with the newest cached row of its place; the more similar, the
     earlier it is evicted, ties by age. Then patches whose place has no newer row, the oldest first.
     Timestamps and delimiters are evicted with the last patch of their item. The age of a patch is
-    that of the last item that shows it.
+    the age of the last item that shows it.
     """
     n, media = len(held), held.items != TEXT
     patch = media & (held.places != NOWHERE)
     rows = patch.nonzero()[:, 0]
     last, seen = newest_of(held.places[rows]), held.appearance[rows].float()
     cosine = cosine_similarity(seen, seen[last], dim=-1)
-    # Rounded, so that of equal pictures the oldest goes and not one that rounding picks.
+    # Rounded, so that among equal pictures the oldest is evicted, whatever rounding does.
     newest = last == torch.arange(len(rows), device=rows.device)
     alike = torch.where(newest, -2.0, cosine.round(decimals=4))
     age = torch.sort(held.items[rows], stable=True).indices

@@ -36,7 +36,7 @@ class Attention(Signal):
     temperature: float = 1.0  # divides the logits
     heads: Literal["mean", "rms"] = "mean"  # how the scores of the heads are combined
     # "previous": the attention map of the layer before the stage (of layer 0 at entry, where there
-    # is none). "next": that of the layer after the stage, as if it ran on all tokens.
+    # is none). "next": the map of the layer after the stage, as if it ran on all tokens.
     layer: Literal["previous", "next"] = "previous"
     # Media that call for it: prompts without any of them are not scored.
     modalities: frozenset[str] = frozenset({"image", "video", "audio"})

@@ -136,7 +136,7 @@ def locate(weights: str | None, facts: ModelFacts, kind: str, train: str) -> Pat
     """The weights file of `kind`: where the user says, else in the model's folder.
 
     A folder is searched itself, then its subfolder `tokencomp`: serving engines load every
-    safetensors file next to that of a model.
+    safetensors file next to a model's.
     """
     name = f"{kind}.safetensors"
     folder = facts.folder

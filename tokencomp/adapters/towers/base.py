@@ -93,10 +93,10 @@ class Cells:
 class Tower(ABC):
     """The layout of one model's vision tower.
 
-    The model uses the output of `blocks`, in order; those that are `unused` after them need not
-    run. The output of `restorers` is restored to full length, with NaN in dropped rows;
-    `projectors` convert patches to tokens, for the count of FLOPs. The family's usual processor
-    divides pixels of 0 … 1 by `std`, per channel.
+    The model uses the output of `blocks`, in order; the `unused` blocks after them need not run.
+    The output of `restorers` is restored to full length, with NaN in dropped rows; `projectors`
+    convert patches to tokens, for the count of FLOPs. The family's usual processor divides pixels
+    of 0 … 1 by `std`, per channel.
     """
 
     frames_apart = False

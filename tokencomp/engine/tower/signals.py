@@ -88,7 +88,7 @@ def attention_received(
         visible, weights = None, torch.full((rows,), 1.0 / rows, device=q.device)
     else:
         ends = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]])
-        # Every row of a packed picture sees the rows of that picture.
+        # Every row of a packed picture sees the rows of the same picture.
         first, stop = ends.repeat_interleave(cu_seqlens.diff(), 1, output_size=rows)
         order = torch.arange(rows, device=q.device)
         visible = torch.stack([first, stop, order])[:, None].int()

@@ -137,7 +137,7 @@ def running_prompt(adapter: Adapter, noted: Noted) -> tuple[Tensor, Tensor | Non
             "model has seen before. Pass pixels to the model or to generate, or take a reducer "
             "that looks at single pictures, such as 'pixelprune'."
         )
-    # `generate` passes all columns, of which the cache holds the first.
+    # `generate` passes all columns; the cache holds the first of them.
     cache, ids = compat.get_cache(arguments), arguments.get("input_ids")
     held = 0 if cache is None else cache.get_seq_length()
     return modalities[:, held:], None if ids is None else ids[:, held:], cache

@@ -45,8 +45,8 @@ class Sampling:
     def metadata(self) -> dict[str, Any]:
         """The sampling in the form of `video_metadata`, an argument of transformers' processors.
 
-        Processors divide frame indices by the rate. If the rate varies, the indices are therefore
-        those that the frames would have at the mean rate, which need not be integers.
+        Processors divide frame indices by the rate. If the rate varies, the indices are
+        therefore given as at the mean rate, and need not be integers.
         """
         at: list[Any] = list(self.indices)
         if self.times is not None and self.fps is not None:

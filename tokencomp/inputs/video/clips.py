@@ -108,7 +108,7 @@ class FileClip(Clip):
     def _arrays(self, places: Sequence[int], size: int | None) -> Iterator[tuple[int, np.ndarray]]:
         """Decode the frames at `places`, uint8 (height, width, 3) each, with PyAV.
 
-        Frames of a file that changes its size have that of the first.
+        Frames of a file that changes its size are scaled to the first.
         """
         wanted = None
         for place, frame in self.file.frames(places):

@@ -48,9 +48,9 @@ def frames_of_a_step(processor: Any) -> int:
 
 
 def whole_steps(processor: Any, frames: Any) -> Any:
-    """Frames (n, H, W, 3), of which the last is repeated if there are too few for one step.
+    """Frames (n, H, W, 3); the last is repeated if there are too few for one step.
 
-    Processors repeat the last frame of an odd number; that of Qwen3-VL refuses a single frame.
+    Processors repeat the last frame of an odd number; Qwen3-VL's refuses a single frame.
     """
     missing = frames_of_a_step(processor) - len(frames)
     return np.concatenate([frames, *[frames[-1:]] * missing]) if missing > 0 else frames

@@ -38,7 +38,7 @@ class Choice:
 
 
 Decode = Callable[[Sequence[int]], tuple[list[int], list[Any]]]
-"""Decodes frames at places; returns those that could be read, ascending, and their PIL images."""
+"""Decodes frames at places; returns the places that could be read, ascending, and PIL images."""
 
 
 class Policy(Protocol):
@@ -141,7 +141,7 @@ class Scored:
         scorer = self.scorer
 
         def score(places: Sequence[int]) -> dict[int, float]:
-            read, pictures = decode(places)  # of damaged frames those that are shown instead
+            read, pictures = decode(places)  # for damaged frames, the ones shown instead
             values = checked_scores(scorer(pictures, question), len(read))
             return dict(zip(read, values.tolist(), strict=True))
 

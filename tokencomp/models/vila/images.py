@@ -49,7 +49,7 @@ def pad_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
 
 
 def tile_grid(width: int, height: int, side: int, least: int, most: int) -> tuple[int, int]:
-    """Return columns and rows of the grid whose aspect ratio is nearest to that of the image.
+    """Return columns and rows of the grid whose aspect ratio is nearest to the image's.
 
     The grid has between `least` and `most` tiles of `side` × `side` pixels. Among equally near
     grids the smallest is chosen, unless the image has more than half of the pixels of a larger one.

@@ -35,7 +35,7 @@ class VilaProcessor:
 
     Every image, tile and frame of a video becomes side² placeholders followed by its end tokens. A
     video is reduced to `num_frames` evenly spaced frames, at first `config.num_video_frames`.
-    `tokenizer` is that of the LLM, and `image_processor` that of the tower.
+    `tokenizer` belongs to the LLM, and `image_processor` to the tower.
     """
 
     image_token, video_token = IMAGE, VIDEO

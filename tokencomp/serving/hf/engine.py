@@ -143,7 +143,7 @@ class Engine:
     def _run(self, batch: list[Job]) -> None:
         """Generate for a batch; if it fails, for its halves, down to single requests.
 
-        A batch of which a request has sent text cannot start again, so it fails as a whole.
+        A batch in which a request has sent text cannot start again, so it fails as a whole.
         """
         try:
             self._generate(batch)

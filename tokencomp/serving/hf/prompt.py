@@ -188,8 +188,7 @@ def parse(
 ) -> ChatPrompt:
     """Check a JSON body: its form, then the amount of text, then its tokens. `load` decodes media.
 
-    `ratio` is that of requests with media that name none, if the server is under load. Raises
-    `RequestError`.
+    `ratio`: under load, for requests with media that name none. Raises `RequestError`.
     """
     request = read_request(HfChat, content, limits)
     spec, by_load = request.method(options, "hf", ratio)
@@ -216,7 +215,7 @@ def load(prompt: ChatPrompt, text: PromptText, deadline: Deadline) -> None:
     check_media(prompt.request.media, prompt.limits, deadline)
     for part in prompt.request.media:
         deadline.check()
-        left = prompt.limits.max_total_pixels - prompt.pixels  # of which video files may take all
+        left = prompt.limits.max_total_pixels - prompt.pixels  # video files may take all of them
         limits, url = replace(prompt.limits, max_total_pixels=left), part.medium.url
         if part.kind == "image":
             prompt.images.append(load_image(url, limits, deadline))

@@ -109,8 +109,8 @@ def _overlap(text: str, mark: str) -> int:
 class CallForm:
     """The marks around a call, which is one JSON object with its name and its arguments.
 
-    `opening` is the first mark with the white space behind it, as `<tool_call>\\n`; `end` is the
-    second one, as `</tool_call>`.
+    `opening` is the first mark with the white space that follows, as `<tool_call>\\n`; `end` is
+    the second one, as `</tool_call>`.
     """
 
     opening: str

@@ -40,7 +40,7 @@ def item_sizes(
     """By modality, for all items of a `MultiModalInput`: kept tokens, and size if planned.
 
     Cached media come without their plan; their sizes are in `known`, by media hash. Plans are not
-    stored, because that of a video may list all frames.
+    stored, because a video's may list all frames.
     """
     sizes: dict[str, list[tuple[int, ItemSize | None]]] = {}
     for modality, hashes in result["mm_hashes"].items():

@@ -99,8 +99,8 @@ class VllmGuard(Guard):
         `shutdown` stops the engine after SIGTERM, and waits in a thread for running requests.
         vLLM's own answers are 200 to `/health` and 500 to new requests in that time. `generate`
         gets the prompt, in which the processor has noted what it saved: the media are decoded, and
-        the request waits for the engine until its first output. The prompt of a decode must be
-        that of the prefill.
+        the request waits for the engine until its first output. The prompt of a decode must
+        equal the prefill's.
         """
         stop, generate = client.shutdown, client.generate
 
@@ -151,7 +151,7 @@ class VllmGuard(Guard):
             answer = await self._about(scope, path, receive)
             await answer(scope, receive, exchange.send)
             return
-        # vLLM adds paths with its releases; those that nobody has checked stay closed.
+        # vLLM adds paths with its releases; unchecked ones are closed.
         known = (*PATHS, *self.rules.paths)
         if not any(path == k or (k.endswith("/") and path.startswith(k)) for k in known):
             raise RequestError(f"no path {path!r}; this server has {', '.join(known)}.", 404)
@@ -162,7 +162,7 @@ class VllmGuard(Guard):
             return
         receive = await self._checked(exchange, path == CHAT)
         self._check_running(exchange)  # the server may have begun to end meanwhile
-        MutableHeaders(scope=scope)["X-Request-Id"] = exchange.id  # of which vLLM makes its own
+        MutableHeaders(scope=scope)["X-Request-Id"] = exchange.id  # vLLM's id is made of it
         reply: Send = exchange.send
         # The usage of the answer gets the counts, which are known when the prompt is processed.
         if path == CHAT:
@@ -245,7 +245,7 @@ async def _outputs(outputs: Any, begun: Callable[[], None], mark: str) -> AsyncG
 
 
 def media_bytes(value: Any) -> int:
-    """Bytes of the tensors in media of vLLM; those that its caches hold have none."""
+    """Bytes of the tensors in media of vLLM; media in its caches have none."""
     if isinstance(value, Tensor):
         return value.nbytes
     if isinstance(value, Mapping):

@@ -258,8 +258,8 @@ class CompressingProcessor:
         """Refuse media that came without pixels, unless their grid is enough to plan them.
 
         An engine after an encoder in another process gets `given`: the grid of all items, and the
-        timestamps of clips of Qwen3-VL. Their rows are those that the encoder stored under the
-        same media hash.
+        timestamps of clips of Qwen3-VL. The encoder has stored their rows under the same media
+        hash.
         """
         if f"{modality}_embeds" in given:
             if spec.active:

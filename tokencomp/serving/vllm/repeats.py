@@ -37,7 +37,7 @@ def compares(spec: Method) -> bool:
 
 @dataclass(frozen=True)
 class Compared:
-    """Options of a request of which caches hold some items.
+    """Options of a request with some items in caches.
 
     `items` are all of vLLM's items by modality; `cached` says which of them caches hold.
     """

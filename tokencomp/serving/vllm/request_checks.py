@@ -28,7 +28,7 @@ FORM = '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}
 
 
 def misplaced(name: str) -> bool:
-    """Whether a field has the name of a setting, or nearly that of a field with settings."""
+    """Whether a field has the name of a setting, or nearly the name of a field with settings."""
     near = difflib.get_close_matches(
         name, (KEY, "mm_processor_kwargs", "media_io_kwargs"), cutoff=0.8
     )
@@ -136,9 +136,9 @@ def check_body(
 ) -> Checked:
     """Read a JSON body and check all of it but the media.
 
-    `ratio` is that of requests with media that name none, if the server is under load. Other
-    paths than `chat` have media in messages of the same form, or none. A `router` may send transfer
-    parameters, names of media, and grids of media without pixels.
+    `ratio`: under load, for requests with media that name none. Other paths than `chat` have media
+    in messages of the same form, or none. A `router` may send transfer parameters, names of media,
+    and grids of media without pixels.
     """
     request = read_request(RouterRequest if router else VllmChat, body, rules.limits)
     if not rules.media_options:

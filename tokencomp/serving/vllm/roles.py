@@ -139,7 +139,7 @@ def forget(client: Any, prompt: Mapping[str, Any]) -> None:
 
 
 def check_transfer(prompt: Mapping[str, Any], params: Any) -> None:
-    """Compare the prompt of a decode with that of the prefill; raises `RequestError` (400)."""
+    """Compare the prompt of a decode with the prefill's; raises `RequestError` (400)."""
     if not isinstance(params, dict):
         return
     if params.get("do_remote_decode") and params.get("remote_block_ids"):
