@@ -6,8 +6,10 @@ import contextlib
 import importlib
 import json
 import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -396,6 +398,18 @@ def test_answers_of_a_changed_plugin_do_not_count(loaded, examples, tmp_path, mo
             evaluate(*loaded, examples[:1], "of_a_plugin", 0.5, tmp_path / "run", **HOW)
     with pytest.raises(OptionError, match="differs in method"):
         evaluate(*loaded, examples[:1], "of_a_plugin", 0.5, tmp_path / "run", **HOW)
+
+
+def test_answers_of_a_changed_notebook_do_not_count(loaded, examples, tmp_path, monkeypatch):
+    """Its classes are those of a module without a file, as in the interactive interpreter."""
+    notebook = ModuleType("notebook")
+    monkeypatch.setitem(sys.modules, "notebook", notebook)
+    for sign in ("", "", "-"):
+        exec(PLUGIN.format(sign=sign), vars(notebook))
+        if not sign:
+            evaluate(*loaded, examples[:1], "of_a_plugin", 0.5, tmp_path, **HOW)
+    with pytest.raises(OptionError, match="differs in method"):
+        evaluate(*loaded, examples[:1], "of_a_plugin", 0.5, tmp_path, **HOW)
 
 
 def test_a_manifest_is_of_the_command_that_asked(loaded, examples, tmp_path):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 from tokencomp.adapters.registry import adapter_for
@@ -150,11 +151,21 @@ class Setting(Method):
 
 
 def code_of(reducer: Reducer) -> list[str]:
-    """Hashes of the modules of reducers that others wrote: the same options may change meaning."""
+    """Hashes of the code of reducers that others wrote: the same options may change meaning."""
     kinds = {type(one) for one in (reducer, *vars(reducer).values()) if isinstance(one, Reducer)}
-    modules = (sys.modules[name] for name in sorted({kind.__module__ for kind in kinds}))
-    files = (m.__file__ for m in modules if m.__name__.partition(".")[0] != "tokencomp")
-    return [hashlib.sha256(Path(f).read_bytes()).hexdigest()[:8] for f in files if f]
+    by_module = {kind.__module__: kind for kind in kinds}
+    others = [n for n in sorted(by_module) if n.partition(".")[0] != "tokencomp"]
+    return [hashlib.sha256(_code(by_module[n])).hexdigest()[:8] for n in others]
+
+
+def _code(kind: type) -> bytes:
+    """The module of a class; of a notebook, which is no file, the functions of the class."""
+    file = getattr(sys.modules[kind.__module__], "__file__", None)
+    if file:
+        return Path(file).read_bytes()
+    codes = [f.__code__ for f in vars(kind).values() if isinstance(f, FunctionType)]
+    plain = [[c for c in code.co_consts if not isinstance(c, CodeType)] for code in codes]
+    return repr([(c.co_code, c.co_names, p) for c, p in zip(codes, plain, strict=True)]).encode()
 
 
 def label_of(name: str, shown_ratio: str, options: Mapping[str, Any]) -> str:
