@@ -102,7 +102,8 @@ def _print_rivals(console: Any, lines: Sequence[Any]) -> None:
         "as full": "as full: the same answer as the full model, right or wrong.",
     }
     caption = " ".join(text for name, text in meaning.items() if name in shown)
-    print_table(console, shown, cells, gap=1, title=title, caption=caption)
+    wrapped = (*NAMES, *meaning)  # 80 columns then hold "downscale" and "divprune" in a line
+    print_table(console, shown, cells, wrapped=wrapped, gap=1, title=title, caption=caption)
 
 
 def _print_facts(console: Any, lines: Sequence[Any]) -> None:
