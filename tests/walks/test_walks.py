@@ -64,7 +64,7 @@ class Desk:
 def desk(tmp_path: Path) -> Desk:
     """With a picture and a clip of one's own."""
     image = Image.open(SAMPLES / "test-position-00003.jpg")
-    for name in ("street.jpg", "a.png", "b.png", "image.png"):
+    for name in ("street.jpg", "a.png", "b.png", "image.png", "table.jpg"):
         image.save(tmp_path / name)
     for name in ("kitchen.mp4", "clip.mp4"):
         shutil.copy(SAMPLES / "test-needle-00001.mp4", tmp_path / name)
@@ -80,7 +80,7 @@ def test_a_visitor_looks_at_the_demo_and_at_her_own_files(desk: Desk) -> None:
     clip = ("--model", MODEL, "--video", "clip.mp4", "--question", "What color is the diamond?")
     assert "purple" in desk.run("inspect", *clip, "--reducer", "kcenter", "--ratio", "0.5")
     refused = desk.run("inspect", "--model", "./street.jpg", "--image", "street.jpg", fails=2)
-    assert "is a file" in refused
+    assert "no such folder. Give one" in refused
     Image.new("1", (14_000, 14_000)).save(desk.folder / "huge.png")
     refused = desk.run("inspect", "--model", MODEL, "--image", "huge.png", fails=2)
     assert "too large" in refused and "Traceback" not in refused

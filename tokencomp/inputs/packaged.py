@@ -59,5 +59,8 @@ def resolve(name_or_path: str | Path) -> str:
         return name
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise UnsupportedModelError(f"model {name!r}: no such folder.")
+        raise UnsupportedModelError(
+            f"model {name!r}: no such folder. Give one in the Hugging Face layout, the id of a hub "
+            "model, or an embedded model (`tokencomp list models`)."
+        )
     return str(folder)
