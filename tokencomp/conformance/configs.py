@@ -7,12 +7,11 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+from tokencomp.adapters.structure import IDS
 from tokencomp.conformance.shrink import DEPTHS, VOCABULARY, tiny_text_config
 
 FIRST_SPECIAL = VOCABULARY - 32
 """Token ids from here on are those of placeholders and markers; below are words."""
-PLACEHOLDERS = ("image_token_id", "image_token_index", "image_patch_id", "img_context_token_id")
-AUDIO_PLACEHOLDERS = ("audio_token_id", "audio_token_index")
 
 
 def shallow(config: Any, text: Any = None) -> Any:
@@ -88,7 +87,7 @@ def move_token_ids(config: Any, vocabulary: int) -> dict[str, int]:
         for name, value in list(vars(owner).items()):
             if not name.endswith(("_token_id", "_token_index", "_token_ids", "_patch_id")):
                 continue
-            if value is None and name in (*PLACEHOLDERS, *AUDIO_PLACEHOLDERS):
+            if value is None and name in (*IDS["image"], *IDS["audio"]):
                 value = 0  # checkpoints have one
             visual = not name.startswith(("pad_", "bos_", "eos_", "decoder_start"))
             if isinstance(value, int) and (visual or value >= vocabulary):

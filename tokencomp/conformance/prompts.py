@@ -13,13 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokencomp.adapters.structure import IDS
 from tokencomp.conformance.build import BuildError, TinyModel
-from tokencomp.conformance.configs import (
-    AUDIO_PLACEHOLDERS,
-    FIRST_SPECIAL,
-    PLACEHOLDERS,
-    spatial_merge,
-)
+from tokencomp.conformance.configs import FIRST_SPECIAL, spatial_merge
 from tokencomp.conformance.features import Encoder, layouts
 from tokencomp.conformance.shrink import VOCABULARY
 
@@ -180,9 +176,9 @@ class Prompts:
 
 def placeholder(tiny: TinyModel) -> tuple[int, str]:
     """The token id that features replace, and its modality: images, else sound."""
-    for medium, names in (("image", PLACEHOLDERS), ("audio", AUDIO_PLACEHOLDERS)):
+    for medium in ("image", "audio"):
         for source in (tiny.specials.get, lambda name: getattr(tiny.config, name, None)):
-            value = next((v for v in map(source, names) if isinstance(v, int)), None)
+            value = next((v for v in map(source, IDS[medium]) if isinstance(v, int)), None)
             if value is not None:
                 return value, medium
     codes = getattr(tiny.config, "vocabulary_map", None) or {}
