@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -62,6 +63,21 @@ def test_the_readme_has_the_address_of_the_package() -> None:
     found = re.findall(r"git clone (\S+)", readme) + re.findall(r"(https[^\s()]+)/actions/", readme)
     assert len(found) >= 3
     assert set(found) == {project()["project"]["urls"]["Repository"]}
+
+
+def test_the_index_gets_a_readme_without_relative_links(tmp_path: Path) -> None:
+    """The commands of the workflow, run here on a copy."""
+    workflow = (ROOT / ".github/workflows/release.yml").read_text()
+    commands = re.findall(r"^ +((?:at=|sed ).*)$", workflow, re.MULTILINE)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    env = {"GITHUB_SERVER_URL": "https://host", "GITHUB_REPOSITORY": "own/er"}
+    env |= {**os.environ, "GITHUB_REF_NAME": "v1.2.3"}
+    subprocess.run(["bash", "-ec", "\n".join(commands)], cwd=tmp_path, env=env, check=True)
+    text = (tmp_path / "README.md").read_text()
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) > 30 and all(re.match("https?://", link) for link in links)
+    for kind in ("](https://host/own/er/raw/v1.2.3/docs/kept.png)", "/blob/v1.2.3/docs/usage.md)"):
+        assert kind in text
 
 
 # -- what it needs ------------------------------------------------------------------------------
