@@ -57,6 +57,18 @@ def test_every_package_is_listed() -> None:
 
 
 @TOML
+def test_one_version_stands_everywhere() -> None:
+    """In both distributions, the module, the citation, and the newest dated section."""
+    versions = {project(folder)["project"]["version"] for folder in (ROOT, ROOT / "zoo")}
+    versions.add(tokencomp.__version__)
+    for file, line in (("CITATION.cff", r"^version: (\S+)$"), ("CHANGELOG.md", r"^## (\S+) \(\d")):
+        found = re.search(line, (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+        assert found is not None
+        versions.add(found[1])
+    assert len(versions) == 1
+
+
+@TOML
 def test_the_readme_has_the_address_of_the_package() -> None:
     """In the command that clones, and in the badge of the tests."""
     readme = (ROOT / "README.md").read_text()
