@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokencomp.engine.call import Call
 from tokencomp.engine.memory import Entered
+from tokencomp.plan.counts import budget_shares
 from tokencomp.tokens.signals import FRAMES
 
 
@@ -23,14 +24,11 @@ def frames_before(call: Call, x: Tensor) -> list[list[Tensor | None]]:
     found, unknown = [], set()
     for b, known in enumerate(call.memory.of(len(call.map.spans))):
         latest: dict[Any, Tensor | None] = {}
-        frames, part, item = [], 0, None
-        for kept in call.map.spans[b]:
-            span = kept.span
-            # Tiles of one picture are compared tile by tile: part 2 with part 2 of the picture
-            # before.
-            part, item = (part + 1 if span.item == item else 0), span.item
-            _, h, w = span.grid
-            key = (FRAMES, span.modality, h, w, part)
+        frames, row = [], call.map.spans[b]
+        # Tiles of one picture are compared tile by tile: part 2 with part 2 of the picture before.
+        for kept, share in zip(row, budget_shares([k.span for k in row]), strict=True):
+            span, (_, h, w) = kept.span, kept.span.grid
+            key = (FRAMES, span.modality, h, w, share.part)
             if key not in latest:
                 latest[key] = known[key].known() if key in known else None
             frames.append(latest[key])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
+from tokencomp.plan.counts import budget_shares
 from tokencomp.tokens.tokens import VisualSpan
 
 TEXT = -1
@@ -69,15 +70,12 @@ class PatchPlaces:
     def of(self, spans: Sequence[VisualSpan], width: int) -> Tensor:
         """Places of the columns of a call, int64 (width,); `NOWHERE` if unknown."""
         places = torch.full((width,), NOWHERE)
-        part, before = 0, None
-        for span in spans:
-            part = part + 1 if span.item == before else 0
-            before = span.item
+        for span, share in zip(spans, budget_shares(spans), strict=True):
             t, h, w = span.grid
             patches = (~span.special_mask()).nonzero()[:, 0]
             if not span.grid_known or len(patches) != t * h * w:
                 continue
-            key = (span.modality, h, w, part)
+            key = (span.modality, h, w, share.part)
             if key not in self._first:
                 self._first[key], self._next = self._next, self._next + h * w
             places[span.start + patches] = self._first[key] + torch.arange(h * w).repeat(t)
