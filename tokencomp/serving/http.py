@@ -21,11 +21,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokencomp import __version__
 from tokencomp.serving.bind import Bind
-from tokencomp.serving.limits import CLIENT_LEFT, RequestError
+from tokencomp.serving.limits import CLIENT_LEFT, Limits, RequestError
 from tokencomp.serving.load import client_of
 from tokencomp.serving.saved import ServerMetrics
 
 OPEN_PATHS = ("/health", "/ping", "/metrics")  # for probes and monitoring, which have no key
+READING = 4  # requests whose body is parsed at one time
 RETRY_SECONDS = 5  # after which clients may try again when the server is busy
 MAX_REASON = 200  # characters of a refusal in the log
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -205,11 +206,13 @@ class Guard:
 
 
 class Bodies:
-    """Bounds the bodies in memory: bytes of one and of all, and seconds of their arrival."""
+    """Bounds the bodies in memory: bytes of one and of all, and seconds of their arrival.
 
-    def __init__(self, largest: int, total: int, seconds: float) -> None:
-        self.largest, self.total, self.seconds = largest, total, seconds
-        self.used = 0
+    `reading` bounds how many of them are parsed at one time.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits, self.reading, self.used = limits, anyio.CapacityLimiter(READING), 0
 
     @contextlib.asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytearray]:
@@ -220,10 +223,10 @@ class Bodies:
         content = bytearray()
         try:
             try:
-                with anyio.fail_after(self.seconds):
+                with anyio.fail_after(self.limits.body_seconds):
                     await self._fill(content, request)
             except TimeoutError:
-                late = f"the body did not arrive within {self.seconds:g} s."
+                late = f"the body did not arrive within {self.limits.body_seconds:g} s."
                 raise RequestError(late, 408) from None
             except ClientDisconnect:
                 raise RequestError("the client went away.", CLIENT_LEFT) from None
@@ -233,15 +236,15 @@ class Bodies:
 
     async def _fill(self, content: bytearray, request: Request) -> None:
         # Refuse by the header first: none of the body is read.
-        declared = request.headers.get("content-length", "0")
-        if declared.isdecimal() and int(declared) > self.largest:
-            raise RequestError(f"request bodies may have {self.largest} bytes.", 413)
+        declared, largest = request.headers.get("content-length", "0"), self.limits.max_body
+        if declared.isdecimal() and int(declared) > largest:
+            raise RequestError(f"request bodies may have {largest} bytes.", 413)
         async for piece in request.stream():
             content += piece
             self.used += len(piece)
-            if len(content) > self.largest:
-                raise RequestError(f"request bodies may have {self.largest} bytes.", 413)
-            if self.used > self.total:
+            if len(content) > largest:
+                raise RequestError(f"request bodies may have {largest} bytes.", 413)
+            if self.used > self.limits.max_bodies:
                 raise RequestError("the server is busy with other bodies; try again later.", 503)
 
 

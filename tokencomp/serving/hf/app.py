@@ -14,7 +14,7 @@ from typing import Any
 
 import PIL
 import uvicorn
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -40,7 +40,6 @@ from tokencomp.serving.room import MediaRoom
 
 logger = logging.getLogger("tokencomp.serving")
 
-READING = 4  # requests whose text is read at one time
 POLL = 0.5  # seconds between checks whether the client is still connected
 SAFE_PILLOW = 13
 
@@ -83,8 +82,7 @@ class Server:
     def __init__(self, engine: Engine, name: str, limits: Limits, keyed: bool = False) -> None:
         self.engine, self.name, self.limits, self.keyed = engine, name, limits, keyed
         self.started = int(time.time())
-        self.bodies = Bodies(limits.max_body, limits.max_bodies, limits.body_seconds)
-        self.reading, self.room = CapacityLimiter(READING), MediaRoom()
+        self.bodies, self.room = Bodies(limits), MediaRoom()
         self.load = Load(engine.options.ratio_by_load)
 
     async def chat(self, request: Request) -> Response:
@@ -135,7 +133,7 @@ class Server:
             ratio = self.load.ratio(request.state.exchange.client)
             prompt = await to_thread.run_sync(
                 parse, body, engine.options, self.limits, engine.text, engine.grammars, ratio,
-                limiter=self.reading,
+                limiter=self.bodies.reading,
             )  # fmt: skip
             if prompt.request.media:
                 decoded = to_thread.run_sync(

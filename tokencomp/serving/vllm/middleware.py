@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from PIL.Image import DecompressionBombError
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
@@ -51,7 +51,6 @@ PATHS = (*OPEN_PATHS, CHAT, MODELS, "/version")
 READS = ("GET", "HEAD", "OPTIONS")  # methods without a body
 USAGE = b'"usage":{'  # in JSON, where the quotes of a text are escaped, these bytes are the field
 EXCHANGE: ContextVar[Exchange] = ContextVar("exchange")
-READING = 4  # requests that are read at one time
 UNREADABLE = (OSError, RuntimeError, SyntaxError, ZeroDivisionError, DecompressionBombError)
 
 
@@ -62,11 +61,9 @@ class VllmGuard(Guard):
         self.rules = rules or Rules.from_environment()
         super().__init__(app, self.rules.bind, process_metrics(), logger)
         self.draining = False
-        limits = self.rules.limits
         self.options = ServerOptions.parse(os.environ.get(ENV_OPTIONS))
         self.load = Load(self.options.ratio_by_load)
-        self.bodies = Bodies(limits.max_body, limits.max_bodies, limits.body_seconds)
-        self.reading, self.room = CapacityLimiter(READING), MediaRoom()
+        self.bodies, self.room = Bodies(self.rules.limits), MediaRoom()
         self.routers = roles.router_networks(self.rules.routers)
 
     async def other(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -191,7 +188,7 @@ class VllmGuard(Guard):
             ratio = self.load.ratio(exchange.client)
             checked = await to_thread.run_sync(
                 check_body, content, self.rules, self.options, ratio, chat,
-                roles.is_router(exchange.scope, self.routers), limiter=self.reading,
+                roles.is_router(exchange.scope, self.routers), limiter=self.bodies.reading,
             )  # fmt: skip
             exchange.by_load = checked.by_load
             if checked.method is not None:
