@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 import warnings
 
 import numpy as np
@@ -62,6 +63,72 @@ def test_chosen_frames_are_those_of_a_whole_decode(clip, threads):
             # A key frame that is spread over several frames needs those before it as well.
             once_more = 2 * COUNT if name == "h264-refresh" else 0
             assert file.decoded - before <= costs(path, choice) + once_more
+
+
+@pytest.mark.parametrize("bframes", ["0", "3"])
+@pytest.mark.parametrize("suffix", [".mp4", ".mov"])
+def test_a_trimmed_file_shows_its_first_frames(tmp_path, bframes, suffix):
+    """Trimming without encoding hides the key frame, and frames before the cut, by an edit list."""
+    long = write_clip(tmp_path, "h264", pictures(COUNT), g="16", bf=bframes)
+    path, cut = tmp_path / f"trimmed{suffix}", 22
+    with av.open(str(long)) as old, av.open(str(path), "w") as new:
+        stream, source = new.add_stream_from_template(old.streams.video[0]), old.streams.video[0]
+        start = round(cut / 24 / source.time_base)
+        old.seek(start, stream=source)
+        for packet in (p for p in old.demux(source) if p.size):
+            packet.pts, packet.dts = packet.pts - start, packet.dts - start
+            packet.stream = stream
+            new.mux(packet)
+    _, every = whole(path)
+    assert len(every) == COUNT - cut
+    video, said = warned_of(path, len(every))
+    assert said == [] and all(np.array_equal(a, b) for a, b in zip(video, every, strict=True))
+    assert np.array_equal(load_media(path, 19)[1], every[3])  # one frame needs the hidden key frame
+
+
+@pytest.mark.parametrize("segments", [[(25, 60)], [(5, 25), (25, 60)]])
+def test_a_list_of_edits_is_no_damage(tmp_path, segments):
+    """An edit list that leaves out parts: the header counts their frames as well."""
+    long = write_clip(tmp_path, "h264", pictures(COUNT), g="16", bf="0")
+    long.write_bytes(edited(long.read_bytes(), segments))
+    _, every = whole(long)
+    assert len(every) == sum(stop - start for start, stop in segments)
+    video, said = warned_of(long, len(every))
+    assert said == [] and all(np.array_equal(a, b) for a, b in zip(video, every, strict=True))
+
+
+def edited(content, segments, rate=24):
+    """An MP4 whose edit list shows these ranges of frames."""
+    boxes, start = [], 0
+    for name in (b"moov", b"trak", b"edts", b"elst"):
+        start = content.index(name, start) - 4
+        boxes.append(start)
+    field = struct.Struct(">I")
+    (scale,) = field.unpack_from(content, content.index(b"mvhd") + 16)
+    (ticks,) = field.unpack_from(content, content.index(b"mdhd") + 16)
+    rows = [
+        struct.pack(">Iii", (stop - first) * scale // rate, first * ticks // rate, 1 << 16)
+        for first, stop in segments
+    ]
+    (length,) = field.unpack_from(content, start)
+    listed = struct.pack(">I4sII", 16 + 12 * len(rows), b"elst", 0, len(rows)) + b"".join(rows)
+    result = bytearray(content)
+    result[start : start + length] = listed
+    for box in boxes[:-1]:
+        (old,) = field.unpack_from(content, box)
+        field.pack_into(result, box, old + len(listed) - length)
+    return bytes(result)
+
+
+def test_an_avi_of_b_frames_is_in_the_order_of_a_decode(tmp_path, monkeypatch):
+    """FFmpeg gives its packets ascending times, although frames are decoded in another order."""
+    monkeypatch.setitem(CODECS, "h264-avi", ("libx264", ".avi", {"bf": "3"}))
+    path = write_clip(tmp_path, "h264-avi", pictures(COUNT))
+    _, every = whole(path)
+    video = load_media(path, 20)
+    assert video.sampling.indices == tuple(range(1, COUNT, 3))
+    assert video.sampling.seconds == pytest.approx([k / 24 for k in range(1, COUNT, 3)], abs=0.1)
+    assert all(np.array_equal(p, every[k]) for p, k in zip(video, range(1, COUNT, 3), strict=True))
 
 
 def test_layers_in_time_stay_exact(tmp_path):
@@ -148,10 +215,10 @@ def muxed(path, out, keep=lambda k: True, **options):
     return out
 
 
-def warned_of(path):
+def warned_of(path, frames=8):
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        video = load_media(path, 8)
+        video = load_media(path, frames)
     return video, [str(one.message) for one in warned]
 
 

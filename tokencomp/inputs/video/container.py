@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from tokencomp.errors import MediaError
 from tokencomp.inputs.video.packets import ClipIndex, Packets, index_of, missing, packets_of
@@ -68,23 +71,33 @@ class VideoFile(contextlib.AbstractContextManager["VideoFile"]):
             timed &= packet.pts is not None
             if not packet.is_discard:
                 seen.append((packet.pts or 0, packet.size, packet.is_keyframe))
-        if not timed:
+        if not timed or self._counts_packets([pts for pts, *_ in seen]):
             self._start_again()
             total = sum(1 for _ in self._decode(self._demux()))
+            if timed and total == len(seen):
+                return replace(index_of(packets_of(seen), clock, rate, self._codec), packets=None)
             return ClipIndex(total, float(rate) if rate else None, None, self._codec)
         if not seen:
             raise MediaError("the file has no frames. Check it with ffprobe.")
         index = index_of(packets_of(seen), clock, rate, self._codec)
         return replace(index, lacking=self._lacking(index, read))
 
+    def _counts_packets(self, pts: Sequence[int]) -> bool:
+        """Whether times are numbers of packets although frames are shown in another order.
+
+        AVI stores no times, and FFmpeg finds those of H.264 with B-frames in no other way.
+        """
+        reordered = self.format == "avi" and self._stream.codec_context.has_b_frames
+        return reordered and all(a < b for a, b in itertools.pairwise(pts))
+
     def _lacking(self, index: ClipIndex, read: int) -> int:
         """Frames that the file should have beyond the `read` ones, by its header or its clock."""
         stream, clock = self._stream, self._stream.time_base
         promised = stream.frames  # 0 where the header does not say
-        if promised and self.format != "avi":  # whose count includes empty frames
-            return max(promised - read, 0)
         start = float((stream.start_time or 0) * clock)
         ends = None if stream.duration is None else float(stream.duration * clock)
+        if promised and self.format != "avi":  # whose count includes empty frames
+            return 0 if _reaches(index.times, ends) else max(promised - read, 0)
         if written := stream.metadata.get("DURATION"):  # Matroska, WebM: 00:01:23.450000000
             hours, minutes, seconds = map(float, written.split(":"))
             ends = 3600 * hours + 60 * minutes + seconds - start
@@ -104,7 +117,7 @@ class VideoFile(contextlib.AbstractContextManager["VideoFile"]):
             return
         groups: dict[int, list[int]] = {}
         for place in sorted(places):
-            groups.setdefault(max(int(self._packets.starts[place]), 0), []).append(place)
+            groups.setdefault(int(self._packets.starts[place]), []).append(place)
         for start, wanted in groups.items():
             left = set(wanted)
             for place, frame in self._run(start, wanted):
@@ -120,7 +133,7 @@ class VideoFile(contextlib.AbstractContextManager["VideoFile"]):
         Streams with key frames that are spread over several frames show nothing before the last of
         these is decoded, so the group before may contain what the packets promise.
         """
-        shown, before = None, int(self._packets.starts[start - 1]) if start else 0
+        shown, before = None, int(self._packets.starts[start - 1]) if start > 0 else -1
         for place, frame in self._run(before, left, all_=True):
             while left and left[0] < place:
                 yield self._in_place_of(left.pop(0), frame if shown is None else shown)
@@ -148,7 +161,7 @@ class VideoFile(contextlib.AbstractContextManager["VideoFile"]):
     def _run(
         self, start: int, wanted: Sequence[int], all_: bool = False
     ) -> Iterator[tuple[int, Any]]:
-        """Decode from the key frame at `start` up to the last of `wanted`.
+        """Decode from the key frame at `start` (-1: the start of the file) to the last of `wanted`.
 
         Frames that none of `wanted` needs are skipped, except with `all_`.
         """
@@ -159,13 +172,17 @@ class VideoFile(contextlib.AbstractContextManager["VideoFile"]):
                 yield self._place_of[frame.pts], frame
 
     def _between(self, start: int, last: int) -> Iterator[Any]:
-        """Packets from the frame at `start` to number `last` in decoding order."""
+        """Packets from the frame at `start` to number `last` in decoding order.
+
+        A start of -1 is that of the file: in a file that was trimmed without encoding it again, the
+        key frame of the first frames is not shown.
+        """
         order, first = self._packets.order, int(self._packets.order[start])
-        for from_start in (False, True):
+        for from_start in (start < 0, True):
             self._seek(int(self._packets.pts[start]), from_start)
-            reached = False
+            reached = start < 0
             for packet in self._demux():
-                place = self._place_of.get(packet.pts)
+                place = None if packet.is_discard else self._place_of.get(packet.pts)
                 number = -1 if place is None else int(order[place])
                 if not reached and number > first:
                     break  # the search went too far: read the file from its start
@@ -237,3 +254,10 @@ class VideoFile(contextlib.AbstractContextManager["VideoFile"]):
     @property
     def _codec(self) -> str:
         return str(self._stream.codec_context.name)
+
+
+def _reaches(times: np.ndarray | None, ends: float | None) -> bool:
+    """Whether the last frame is shown until the end: a trimmed file counts hidden frames too."""
+    if times is None or ends is None or len(times) < 2:
+        return False
+    return bool(ends - times[-1] < 1.5 * np.median(np.diff(times)))
