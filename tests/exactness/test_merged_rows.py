@@ -256,8 +256,9 @@ def test_what_carries_weights(dtype: torch.dtype, masked: bool) -> None:
         return carrier(backend, device, dtype, masked, copies).numbers
 
     assert numbers("eager", "cuda") == numbers("eager", "cpu") == dtype
-    assert numbers("sdpa", "cpu") == numbers("flex_attention", "cpu") == torch.float32
+    assert numbers("sdpa", "cpu") == torch.float32
     assert numbers("sdpa", "cuda") == (dtype if masked else None)
     assert numbers("sdpa", "cpu", copies=True) == (torch.float32 if masked else None)
-    for backend in (FLASH, "kernels-community/flash-attn3"):
+    # Torch's FlexAttention on a CPU writes outside of its memory where it adds such a mask.
+    for backend in (FLASH, "kernels-community/flash-attn3", FLEX):
         assert numbers(backend, "cuda") is numbers(backend, "cpu") is None

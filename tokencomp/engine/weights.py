@@ -68,8 +68,6 @@ def carrier(
     """
     if backend == "eager":
         return Carrier(dtype, "eager attention adds its masks to the logits in any case")
-    if backend == "flex_attention" and device == "cpu":
-        return Carrier(torch.float32, "FlexAttention adds numbers to its logits, in float32")
     if backend != "sdpa":
         return Carrier(None, f"{backend} takes no mask of numbers, or nobody has measured one")
     numbers = torch.float32 if device == "cpu" else dtype

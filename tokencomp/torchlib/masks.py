@@ -142,8 +142,7 @@ def weighted_mask(mask: Any, logs: Tensor) -> Tensor:
     """Convert a mask to numbers, which add `logs` to the attention logits of visible keys.
 
     The mask is of any form, (B or 1, 1, queries, keys); None: every query sees all keys. `logs` (B,
-    1, 1, keys) have the dtype of the result. FlexAttention reads the numbers by sample, so that B
-    is the number of samples.
+    1, 1, keys) have the dtype of the result.
     """
     if mask is None:
         return logs
