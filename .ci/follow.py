@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -61,7 +62,8 @@ def section(part: dict[str, Any], result: dict[str, Any]) -> list[str]:
     """The report on one part."""
     versions = ", ".join(f"{name} {version(name)}" for name in part["follows"])
     word = "broke" if result["rc"] else "runs"
-    lines = [f"## {part['name']}: {word} ({versions})", "", f"`{' '.join(part['command'])}`", ""]
+    repeat = [one.replace("{python}", "python") for one in part["command"] if "{junit}" not in one]
+    lines = [f"## {part['name']}: {word} ({versions})", "", f"`{shlex.join(repeat)}`", ""]
     if not result["rc"]:
         return lines
     failed = result["failed"]
