@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import shutil
 import sys
@@ -400,12 +401,19 @@ def test_answers_of_a_changed_plugin_do_not_count(loaded, examples, tmp_path, mo
         evaluate(*loaded, examples[:1], "of_a_plugin", 0.5, tmp_path / "run", **HOW)
 
 
-def test_answers_of_a_changed_notebook_do_not_count(loaded, examples, tmp_path, monkeypatch):
-    """Its classes are those of a module without a file, as in the interactive interpreter."""
-    notebook = ModuleType("notebook")
+@pytest.mark.parametrize("lambda_", [False, True])
+def test_answers_of_a_changed_notebook_do_not_count(
+    loaded, examples, tmp_path, monkeypatch, lambda_
+):
+    """Its classes are of a module without a file, as in the interactive interpreter."""
+    cell = PLUGIN
+    if lambda_:
+        norms = "(lambda rows: {sign}rows.norm(dim=1))(tokens.features.float())"
+        cell = cell.replace("{sign}tokens.features.float().norm(dim=1)", norms)
+    notebook, runs = ModuleType("notebook"), itertools.count()
     monkeypatch.setitem(sys.modules, "notebook", notebook)
     for sign in ("", "", "-"):
-        exec(PLUGIN.format(sign=sign), vars(notebook))
+        exec(compile(cell.format(sign=sign), f"<cell {next(runs)}>", "exec"), vars(notebook))
         if not sign:
             evaluate(*loaded, examples[:1], "of_a_plugin", 0.5, tmp_path, **HOW)
     with pytest.raises(OptionError, match="differs in method"):

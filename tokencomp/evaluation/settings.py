@@ -163,9 +163,20 @@ def _code(kind: type) -> bytes:
     file = getattr(sys.modules[kind.__module__], "__file__", None)
     if file:
         return Path(file).read_bytes()
-    codes = [f.__code__ for f in vars(kind).values() if isinstance(f, FunctionType)]
-    plain = [[c for c in code.co_consts if not isinstance(c, CodeType)] for code in codes]
-    return repr([(c.co_code, c.co_names, p) for c, p in zip(codes, plain, strict=True)]).encode()
+    functions = [f for f in vars(kind).values() if isinstance(f, FunctionType)]
+    return repr([_instructions(f.__code__) for f in functions]).encode()
+
+
+def _instructions(code: CodeType) -> tuple[Any, ...]:
+    """Bytecode, names and constants; file and lines change whenever a cell runs again."""
+    constants = []
+    for one in code.co_consts:
+        if isinstance(one, CodeType):  # a lambda or a comprehension
+            one = _instructions(one)
+        elif isinstance(one, frozenset):  # its order changes from process to process
+            one = sorted(map(repr, one))
+        constants.append(one)
+    return code.co_code, code.co_names, constants
 
 
 def label_of(name: str, shown_ratio: str, options: Mapping[str, Any]) -> str:
