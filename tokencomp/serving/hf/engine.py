@@ -25,7 +25,7 @@ from tokencomp.serving.hf.fields import SAMPLING
 from tokencomp.serving.hf.grammar import Grammars
 from tokencomp.serving.hf.logits import BatchLogits
 from tokencomp.serving.hf.metrics import Metrics
-from tokencomp.serving.hf.prompt import ChatPrompt, PromptText, too_long
+from tokencomp.serving.hf.prompt import ChatPrompt, PromptText, processor_errors, too_long
 from tokencomp.serving.hf.queue import Job, Usage, Waiting
 from tokencomp.serving.limits import RequestError
 from tokencomp.serving.saved import Saved
@@ -308,12 +308,9 @@ def build_inputs(model: Any, processor: Any, prompts: list[ChatPrompt]) -> dict[
     images = [image for prompt in prompts for image in prompt.images]
     videos = [video for prompt in prompts for video in prompt.videos]
     samplings = [sampling for prompt in prompts for sampling in prompt.samplings]
-    try:
-        chats = [prompt.chat for prompt in prompts]
-        texts = [prompt.text for prompt in prompts]
+    chats, texts = [prompt.chat for prompt in prompts], [prompt.text for prompt in prompts]
+    with processor_errors():
         inputs = chat_inputs(processor, chats, images, videos, samplings, texts)
-    except Exception as error:  # processors raise undocumented types
-        raise RequestError(f"the model's processor refuses the prompt: {error}") from error
     return to_model(inputs, model)
 
 

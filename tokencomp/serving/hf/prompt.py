@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,6 +64,15 @@ def too_long(tokens: int, limit: int) -> RequestError:
     )
 
 
+@contextlib.contextmanager
+def processor_errors() -> Iterator[None]:
+    """Blame the prompt for errors of the processor, whose types no documentation names."""
+    try:
+        yield
+    except Exception as error:
+        raise RequestError(f"the model's processor refuses the prompt: {error}") from error
+
+
 class PromptText:
     """Refuses texts that are too long, and placeholders of media written by the client.
 
@@ -100,13 +110,11 @@ class PromptText:
     def render(self, chat: Chat, tools: Sequence[dict[str, Any]] = ()) -> str:
         """Return the prompt that the chat template makes, with one placeholder per medium."""
         options = {"tools": list(tools)} if tools else {}
-        try:
+        with processor_errors():
             text = self.processor.apply_chat_template(
                 chat, add_generation_prompt=True, tokenize=False, **options
             )
             return str(text)
-        except Exception as error:  # templates raise undocumented types
-            raise RequestError(f"the model's processor refuses the prompt: {error}") from error
 
     def check(self, chat: Chat, text: str) -> int:
         """Tokenise a rendered conversation, check it, and return its number of tokens.
@@ -152,11 +160,8 @@ class PromptText:
         return visual
 
     def _tokens(self, text: str) -> list[int]:
-        try:
-            with self._lock:
-                return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        except Exception as error:  # tokenizers raise undocumented types
-            raise RequestError(f"the model's processor refuses the prompt: {error}") from error
+        with processor_errors(), self._lock:
+            return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _visible(self, text: str) -> bool:
         """Whether a text survives decoding of an answer, which removes special tokens."""
