@@ -109,7 +109,7 @@ def plan_keys() -> dict[str, str]:
 
 
 def metrics() -> dict[str, str]:
-    """Prometheus names of the server on transformers, with their labels."""
+    """Prometheus names of the server on transformers, with their kinds."""
     from tokencomp.serving.hf.metrics import Metrics
 
     collected = {m.name: m for m in Metrics().registry.collect()}
