@@ -40,6 +40,22 @@ def test_compressed_where_types_tell_the_places(family: Family) -> None:
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llava_next_video", "llava_onevision", "qwen2_vl", "vila"])
+def test_videos_whose_pixels_the_call_does_not_bring(name: str) -> None:
+    """Every frame has its place in the grid, as where the pixels come along."""
+    family = FAMILIES[name]
+    model = family.build()
+    inputs = family.batch([[text(3), family.video(4), text(9, 3)], [text(6)]])
+    given = embedded(family, model, inputs)
+    types = 2 * (inputs["input_ids"] == VIDEO).int()
+    with torch.no_grad(), tokencomp.patch(model, 0.5, reducer="vidcom2") as handle:
+        expected = model(**inputs, position_ids=given["position_ids"]).logits
+        spans, kept = handle.stats.spans[0], handle.stats.kept(0)
+        got = model(**given, mm_token_type_ids=types).logits
+        assert (handle.stats.spans[0], handle.stats.kept(0)) == (spans, kept)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("name", ["llava", "llava_onevision", "internvl", "qwen2_vl"])
 def test_generate_takes_types_beside_embeddings(name: str, beams: int) -> None:

@@ -149,14 +149,16 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
         return pooled
 
     def _video(self, start: int, stop: int, row: int, call: MediaCall) -> list[VisualSpan]:
+        """Cut a run of adjacent videos; if their length is unknown, it is one video."""
         side = self.tile_side // self.model.config.spatial_pool_stride
-        length = _video_length(call, side * side)
-        if length == 0 or (stop - start) % length:
+        frame = side * side
+        length = _video_length(call, frame) or stop - start
+        if length % frame or (stop - start) % length:
             raise SpanError(
                 f"video tokens {start} … {stop - 1} of sample {row}: no whole number of videos of "
                 f"{length} tokens (frames of {side}×{side})."
             )
-        grid = (length // (side * side), side, side)
+        grid = (length // frame, side, side)
         return [VisualSpan(s, length, grid, "video") for s in range(start, stop, length)]
 
 
