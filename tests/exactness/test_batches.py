@@ -149,6 +149,23 @@ def test_packed_equals_alone(family: Family, name: str, backend: str) -> None:
     torch.testing.assert_close(packed[shown], logits[shown], atol=1e-4, rtol=1e-4)
 
 
+def test_frames_of_another_prompt_are_not_compared(family: Family) -> None:
+    """`timechat` chooses in each of two prompts with equal pictures as in it alone."""
+    model, picture = family.build(), family.image(1)
+    rows = [[text(3), picture, text(4)], [text(2, 5), picture, text(3, 6)]]
+    with torch.no_grad(), tokencomp.patch(model, 0.5, reducer="timechat") as handle:
+        model(**pack(family, model, rows), use_cache=False)
+        packed, alone = handle.stats.kept(0)[0], []
+        for row in rows:
+            inputs = family.batch([row])
+            model(**inputs, position_ids=family.positions(model, inputs), use_cache=False)
+            alone += handle.stats.kept(0)[0]
+        both = family.batch([[*rows[0], *rows[1]]])
+        model(**both, position_ids=family.positions(model, both), use_cache=False)
+        assert handle.stats.kept(0)[0] != alone  # one prompt compares them
+    assert packed == alone
+
+
 def test_packed_equals_masked(family: Family) -> None:
     """Against the full-length, unpatched run whose dropped columns are hidden by a mask."""
     model, rows, start = family.build(), packed_rows(family), 0

@@ -69,7 +69,7 @@ def span(start: int, grid: Grid, item: int, **more: object) -> VisualSpan:
 
 def call(spans: list[list[VisualSpan]], memory: Memory, columns: int = 40) -> Any:
     """A call with these spans on a cache with this memory."""
-    row_map = RowMap.of_prompt(columns, [columns] * len(spans), spans, [])
+    row_map = RowMap.of_prompt(columns, [columns] * len(spans), spans)
     modalities = {span.modality for row in spans for span in row}
     return SimpleNamespace(
         map=row_map, memory=memory, entered=[], compared=set(), modalities=modalities
