@@ -144,10 +144,7 @@ def test_kernels_import_nothing_of_the_package() -> None:
 
 def test_the_package_stands_without_the_folders_beside_it() -> None:
     """A wheel has none of them."""
-    beside = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")} - {
-        "tokencomp",
-        "kernels",
-    }
+    beside = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")} - {"tokencomp"}
     assert {"recipes", "benchmarks"} <= beside
     wrong = {(a, b) for a, names in imports().items() for b in names if b.split(".")[0] in beside}
     assert not wrong

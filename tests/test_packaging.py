@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.metadata
 import json
 import os
 import re
@@ -248,3 +249,25 @@ def test_two_wheels_answer_a_sample(tmp_path: Path) -> None:
     out = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     *places, right = json.loads(out.stdout.splitlines()[-1])
     assert all(Path(place).is_relative_to(site) for place in places) and right
+
+
+# -- folders of the checkout and installed distributions ------------------------------------------
+
+
+@pytest.mark.parametrize("folder", [".", "tests"])
+def test_the_root_does_not_shadow_the_distribution_kernels(folder: str, tmp_path: Path) -> None:
+    """transformers needs it from 5.25 on, in programs that start in the root as well."""
+    (tmp_path / "kernels.py").write_text("")
+    code = "import tokencomp.kernels, kernels; print(kernels.__file__)"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(
+        command, cwd=ROOT / folder, env=env, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == str(tmp_path / "kernels.py")
+
+
+def test_no_package_of_the_root_has_the_name_of_a_distribution() -> None:
+    """A folder with an `__init__.py` comes first in programs that start in the root."""
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tokencomp"}
+    assert packages and packages.isdisjoint(importlib.metadata.packages_distributions())

@@ -8,17 +8,9 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
-
-# In a checkout the kernels are in a folder next to this one. Python takes this folder, and not
-# an installed copy, where modules of the working directory come first, as for `python -m` (vLLM,
-# SGLang).
-_CHECKOUT = Path(__file__).resolve().parents[1]
-if not (Path(__file__).parent / "kernels").exists() and (_CHECKOUT / "kernels").exists():
-    __path__.append(str(_CHECKOUT))
 
 _LAZY = {
     "patch": "tokencomp.patching",

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tokencomp.kernels import dispatch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,6 +18,7 @@ from tokencomp.evaluation.settings import Setting
 from tokencomp.evaluation.timing import prefill_split
 from tokencomp.inputs.prompts import to_model
 from tokencomp.inputs.questions import Example
+from tokencomp.kernels import dispatch
 from tokencomp.torchlib.hooks import Hooked
 
 PARTS = ("tower", "projector", "reduce", "prefill", "decode", "kv_bytes")

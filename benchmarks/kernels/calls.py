@@ -26,7 +26,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from tokencomp.kernels import checks
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,6 +33,7 @@ import tokencomp
 from benchmarks import publishing
 from benchmarks.experiment import Experiment
 from benchmarks.models.shapes import qwen2_vl
+from tokencomp.kernels import checks
 
 # aten calls that block the host until their result is there
 READS = {

@@ -10,12 +10,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from tokencomp.kernels import dispatch
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from benchmarks.kernels.cases import OPS, Setup
+from tokencomp.kernels import dispatch
 
 
 @dataclass

@@ -4,9 +4,10 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
+
 from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.errors import KernelError
-from torch import Tensor
 
 HEADS = ("mean", "rms", "none")
 # Rows of a block, and the most logits that it may have (16 MiB in fp32). On a CPU, blocks of this

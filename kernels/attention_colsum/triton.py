@@ -10,8 +10,10 @@ its sums need no atomics and are deterministic.
 import torch
 import triton
 import triton.language as tl
-from tokencomp.kernels import checks
 from tokencomp.kernels.attention_colsum import repeated
+from torch import Tensor
+
+from tokencomp.kernels import checks
 from tokencomp.kernels.tile import (
     LOG2E,
     aligned,
@@ -22,7 +24,6 @@ from tokencomp.kernels.tile import (
     multiprocessors,
     padded,
 )
-from torch import Tensor
 
 MAX_HEAD_DIM = 256
 # From this number of probe rows on, the column pass computes in advance which row blocks can see a

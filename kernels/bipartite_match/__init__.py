@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-from tokencomp.kernels import checks, dispatch
 from torch import Tensor
+
+from tokencomp.kernels import checks, dispatch
 
 # Number of similarities that are in memory at once (16 MiB in fp32).
 BLOCK_ELEMENTS = 1 << 22

@@ -3,10 +3,11 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from tokencomp.kernels import checks
 from tokencomp.kernels.checks import starts, table
 from tokencomp.kernels.tile import dot, inverse_root
-from torch import Tensor
 
 
 @triton.jit

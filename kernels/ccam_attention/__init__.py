@@ -2,9 +2,10 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.errors import KernelError
-from torch import Tensor
 
 __all__ = ["ccam_attention", "visible_frames"]
 

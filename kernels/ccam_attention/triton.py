@@ -3,9 +3,10 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from tokencomp.kernels import checks
 from tokencomp.kernels.tile import LOG2E, aligned, alignment, dot, log_sum, multiprocessors, padded
-from torch import Tensor
 
 MAX_HEAD_DIM = 128
 

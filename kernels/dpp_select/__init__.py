@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-from tokencomp.kernels import checks, dispatch
 from torch import Tensor
+
+from tokencomp.kernels import checks, dispatch
 
 # A row that adds less than this share of its own relevance lies in the span of the chosen ones.
 EPSILON = 1e-6

@@ -8,12 +8,13 @@ host, and the number of launches depends neither on the spans nor on the choices
 import torch
 import triton
 import triton.language as tl
-from tokencomp.kernels import checks
-from tokencomp.kernels.checks import starts, table
 from tokencomp.kernels.dpp_select import EPSILON, naive
 from tokencomp.kernels.facility_select.triton import cover_kernel
-from tokencomp.kernels.tile import padded
 from torch import Tensor
+
+from tokencomp.kernels import checks
+from tokencomp.kernels.checks import starts, table
+from tokencomp.kernels.tile import padded
 
 # Rows of a span that one program holds in its registers.
 MAX_ROWS = 4096

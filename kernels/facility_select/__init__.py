@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokencomp.kernels import checks, dispatch
-from tokencomp.kernels.errors import KernelError
 from tokencomp.kernels.maxmin_select.rounds import TIED
 from torch import Tensor
+
+from tokencomp.kernels import checks, dispatch
+from tokencomp.kernels.errors import KernelError
 
 # Entries of a matrix of coverings that are in memory at once.
 DENSE_ENTRIES = 1 << 24

@@ -9,12 +9,13 @@ the plain version is lazy: to skip a gain costs a program more than to compute i
 import torch
 import triton
 import triton.language as tl
-from tokencomp.kernels import checks
-from tokencomp.kernels.checks import starts, table
 from tokencomp.kernels.facility_select import DENSE_ENTRIES, ROUNDING, naive
 from tokencomp.kernels.maxmin_select.rounds import TIED
-from tokencomp.kernels.tile import full_dot, padded
 from torch import Tensor
+
+from tokencomp.kernels import checks
+from tokencomp.kernels.checks import starts, table
+from tokencomp.kernels.tile import full_dot, padded
 
 # Rows of a span whose gains one program compares in its registers.
 MAX_ROWS = 8192

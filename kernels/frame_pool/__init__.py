@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from tokencomp.kernels import checks, dispatch
-from tokencomp.kernels.errors import KernelError
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
+
+from tokencomp.kernels import checks, dispatch
+from tokencomp.kernels.errors import KernelError
 
 
 def frame_pool(x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:

@@ -5,8 +5,9 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from tokencomp.kernels import checks
 from torch import Tensor
+
+from tokencomp.kernels import checks
 
 
 @triton.jit

@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.errors import KernelError
-from torch import Tensor
 
 DTYPES = (
     *checks.FLOATS,

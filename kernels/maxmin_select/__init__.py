@@ -6,11 +6,12 @@ from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
-from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.bipartite_match import normalise
-from tokencomp.kernels.errors import KernelError
 from tokencomp.kernels.maxmin_select.rounds import EPSILON, GRAM_ELEMENTS, TAKEN, TIED, Rounds
 from torch import Tensor
+
+from tokencomp.kernels import checks, dispatch
+from tokencomp.kernels.errors import KernelError
 
 # Spans of up to this many rows compute all their cosines at once, equal spans as a batch.
 MAX_GRAM_ROWS = 512

@@ -13,13 +13,14 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from tokencomp.kernels import checks
-from tokencomp.kernels.checks import starts, table
 from tokencomp.kernels.maxmin_select.rounds import TAKEN, TIED
 from tokencomp.kernels.maxmin_select.triton_distances import Cosines, Differences, Rows, pitch
 from tokencomp.kernels.maxmin_select.triton_rows import first_choice, inverse_norms
-from tokencomp.kernels.tile import padded
 from torch import Tensor
+
+from tokencomp.kernels import checks
+from tokencomp.kernels.checks import starts, table
+from tokencomp.kernels.tile import padded
 
 MAX_GRAM_ROWS = 8192
 # Number of candidates in a round of a longer span; a round may choose all of them.

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 from tokencomp.kernels.maxmin_select import Cosine, RootMeanSquare, isolated_row
 from tokencomp.kernels.maxmin_select.rounds import EPSILON
-from tokencomp.kernels.tile import long_dot
 from torch import Tensor
+
+from tokencomp.kernels.tile import long_dot
 
 # Rows and columns of a tile of root mean squares.
 DIFFERENCE_BLOCK = 32

@@ -5,10 +5,11 @@ import itertools
 import torch
 import triton
 import triton.language as tl
-from tokencomp.kernels.checks import table
 from tokencomp.kernels.maxmin_select.rounds import TIED
-from tokencomp.kernels.tile import inverse_root
 from torch import Tensor
+
+from tokencomp.kernels.checks import table
+from tokencomp.kernels.tile import inverse_root
 
 # Rows and features of a tile of a mean.
 MEAN_BLOCK = (32, 64)

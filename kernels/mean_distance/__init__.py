@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-from tokencomp.kernels import checks, dispatch
 from torch import Tensor
+
+from tokencomp.kernels import checks, dispatch
 
 # Number of elements that are in fp32 at once (64 MiB).
 BLOCK_ELEMENTS = 1 << 24

@@ -1,10 +1,11 @@
 """Triton version of ``mean_distance``: inverse norms, then the mean of the unit rows."""
 
 import torch
-from tokencomp.kernels import checks
 from tokencomp.kernels.maxmin_select.triton_rows import inverse_norms, means
 from tokencomp.kernels.mean_distance import naive
 from torch import Tensor
+
+from tokencomp.kernels import checks
 
 
 def mean_distance(x: Tensor, lengths: list[int]) -> Tensor:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.errors import KernelError
-from torch import Tensor
 
 
 class MergedRows(NamedTuple):

@@ -9,8 +9,9 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from tokencomp.kernels import checks
 from torch import Tensor
+
+from tokencomp.kernels import checks
 
 # In segments of up to this many rows a program finds the members of its kept row by scanning the
 # targets. For longer segments the targets are sorted beforehand, and members are a range of them.

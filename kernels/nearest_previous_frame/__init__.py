@@ -1,9 +1,10 @@
 """Similarity of every token of a video with the same place of the previous frame."""
 
 import torch
-from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.bipartite_match import normalise
 from torch import Tensor
+
+from tokencomp.kernels import checks, dispatch
 
 
 def nearest_previous_frame(x: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from tokencomp.kernels import checks
 from torch import Tensor
+
+from tokencomp.kernels import checks
 
 
 @triton.jit

@@ -9,9 +9,10 @@ from typing import cast
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.errors import KernelError
-from torch import Tensor
 
 
 def topk_stable(

@@ -7,10 +7,11 @@ writes the rows of the best ranks in ascending order. Nothing is sorted, so ties
 import torch
 import triton
 import triton.language as tl
-from tokencomp.kernels import checks
-from tokencomp.kernels.checks import starts, table
 from tokencomp.kernels.topk_stable import naive
 from torch import Tensor
+
+from tokencomp.kernels import checks
+from tokencomp.kernels.checks import starts, table
 
 # Longest span whose ranks are counted. Counting takes n² comparisons; longer spans are sorted.
 LONGEST = 32768

@@ -46,8 +46,9 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> to
 @pytest.fixture
 def short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat spans above 64 rows as long ones, with rounds of 8 candidates."""
-    from tokencomp.kernels import maxmin_select
     from tokencomp.kernels.maxmin_select import rounds
+
+    from tokencomp.kernels import maxmin_select
 
     monkeypatch.setitem(maxmin_select.__globals__, "MAX_GRAM_ROWS", 64)
     monkeypatch.setattr(rounds, "ROUND", 8)

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from tokencomp.kernels import attention_colsum, ccam_attention, visible_frames
 from tokencomp.kernels.ccam_attention import runs
 from torch import Tensor
+
+from tokencomp.kernels import attention_colsum, ccam_attention, visible_frames
 
 # (batch, kv heads, group, rows, keys, head dim), dtype
 SHAPES = [

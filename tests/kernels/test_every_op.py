@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tokencomp.kernels import KernelError
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from tokencomp import kernels
+from tokencomp.kernels import KernelError
 
 
 class Case(NamedTuple):

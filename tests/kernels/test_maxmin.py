@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 from support.max_min import check_greedy, differences, distances
-from tokencomp.kernels import maxmin_select, mean_distance
 from torch import Tensor
+
+from tokencomp.kernels import maxmin_select, mean_distance
 
 ordered_choices = functools.partial(maxmin_select, ordered=True)
 ROUNDING = 2e-7  # relative, as two batches of another shape differ

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from tokencomp.kernels import (
     bipartite_match,
     frame_pool,
@@ -12,7 +14,6 @@ from tokencomp.kernels import (
     merge_rows,
     nearest_previous_frame,
 )
-from torch import Tensor
 
 
 def by_hand(tensor: Tensor, index: Tensor, seq: int, batch: int) -> Tensor:

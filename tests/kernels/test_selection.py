@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokencomp.kernels import dpp_select, facility_select, topk_stable
 from torch import Tensor
+
+from tokencomp.kernels import dpp_select, facility_select, topk_stable
 
 
 def by_hand(scores: list[float], k: int) -> list[int]:

@@ -13,11 +13,11 @@ import torch
 from support import matrix, merge_loops
 from support.families import FAMILIES, Family, text
 from support.matrix import Case
-from tokencomp.kernels import KernelError, maxmin_select
 
 import tokencomp
 from tokencomp import Kept, Plan, Reducer, Stage, Tokens, make_reducer
 from tokencomp.errors import PlanError
+from tokencomp.kernels import KernelError, maxmin_select
 from tokencomp.plan.options import Traits
 from tokencomp.reducers import ScoreReducer, mmtok
 from tokencomp.reducers._batch import means

@@ -10,8 +10,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from tokencomp.kernels.errors import KernelError
 from torch import Tensor
+
+from tokencomp.kernels.errors import KernelError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WIDE_FLOATS = (torch.float32, torch.float64)

@@ -8,6 +8,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+
 from tokencomp.kernels.dispatch import interpreting
 
 # GPUs compute powers of 2: exp(x) is exp2(x · LOG2E).

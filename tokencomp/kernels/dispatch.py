@@ -27,9 +27,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from tokencomp.kernels.errors import KernelError
 from torch import Tensor
 from torch.torch_version import TorchVersion
+
+from tokencomp.kernels.errors import KernelError
 
 MODES = ("auto", "naive", "triton")
 MIN_TRITON = (3, 3)  # the first release that accepts tuples as kernel arguments
@@ -69,7 +70,7 @@ def triton_problem() -> str | None:
     except Exception as error:
         return f"triton cannot be imported ({error}); install it with `pip install triton`"
     version = getattr(triton, "__version__", "0")
-    if TorchVersion(version) < MIN_TRITON:
+    if TorchVersion(version) < MIN_TRITON:  # type: ignore[operator]  # it compares with tuples
         minimum = ".".join(map(str, MIN_TRITON))
         return f"triton {version} is too old; install triton>={minimum}"
     return None
