@@ -87,6 +87,10 @@ class UnsupportedCacheError(TokenCompError, TypeError):
     """A KV cache whose layout cannot hold rows of different logical and physical length."""
 
 
+class CacheError(TokenCompError, RuntimeError):
+    """A KV cache that tells transformers another length than its rows and dropped tokens have."""
+
+
 class PaddingError(TokenCompError, ValueError):
     """An attention mask that hides a part of an image or video, or all of a sample."""
 

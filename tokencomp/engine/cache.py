@@ -489,6 +489,8 @@ def note_prompt(call: Any, cache: Any, owner: CacheOwner) -> Any:
     `call` is a `Call`, whose module imports this one.
     """
     starts, owner.types = call.first_columns(), call.layer_types
+    if cache is not None:
+        count_columns(cache, call.length)
     first = first_layer(cache)
     if first is None or first.keys is None:  # checkpointed layers do not write to the cache
         return None
@@ -508,6 +510,19 @@ def note_prompt(call: Any, cache: Any, owner: CacheOwner) -> Any:
             layer.owner = owner
     first.row_map = replace(first.row_map, memory=call.memory_after(first))
     return first
+
+
+def count_columns(cache: Any, columns: int) -> None:
+    """Set the counters of layers with a state to the columns of the sequence.
+
+    Since transformers 5.25 such a layer counts the rows that it reads, and `get_seq_length` of a
+    cache asks layer 0, whatever it holds: after 8 columns of which 5 rows were kept it would
+    answer 5. Later rows are columns, too, so that the counter stays right.
+    """
+    for layer in cache.layers:
+        counter = getattr(layer, "cumulative_length_linear", None)
+        if counter is not None:
+            counter.fill_(columns)
 
 
 def note_turn(call: Any, cache: Any) -> None:

@@ -56,6 +56,7 @@ from tokencomp.engine.later import (
     media_apart,
 )
 from tokencomp.engine.layers import LayerHooks
+from tokencomp.engine.lengths import check_prompt, check_turn
 from tokencomp.engine.masks import Masks, read_mask
 from tokencomp.engine.prompt import read_prompt, with_embeddings
 from tokencomp.engine.stats import Stats, warn_of_missed_ratio
@@ -189,9 +190,12 @@ class DecoderHooks(CallHooks):
         if plan.tower is None and self.tower.had_stage:
             refuse_missing(self.adapter, arguments, noted)
         check_cache(cache, bool(plan.layer_stages))
+        first = first_layer(cache)
+        if isinstance(first, CompressedLayer):
+            check_turn(cache, first, arguments)
         arguments, mask, prepared = dict(arguments), arguments.get("attention_mask"), None
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-            padding, prepared = read_mask(arguments, first_layer(cache), noted.mask)
+            padding, prepared = read_mask(arguments, first, noted.mask)
             arguments["attention_mask"] = padding
         # Read and plan: spans, row map, counts. Checks run before anything changes.
         options = {"by_column": not self._owner.compact, "prepared": prepared}
@@ -276,6 +280,8 @@ class DecoderHooks(CallHooks):
         if cache is not call.cache:  # the decoder has made it
             check_cache(cache, bool(call.plan.layer_stages))
         layer = note_prompt(call, cache, self._owner)
+        if layer is not None:
+            check_prompt(cache, call.length)
         # A chunked prefill: the states of its earlier chunks precede those of the last.
         if call.earlier:
             out = whole_output(out, call.earlier)

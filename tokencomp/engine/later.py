@@ -31,6 +31,7 @@ from tokencomp.engine.cache import CompressedLayer, CompressedStaticLayer, first
 from tokencomp.engine.call import Call, RunningCalls, build_segments
 from tokencomp.engine.checks import check_windows
 from tokencomp.engine.gather import gather_arguments
+from tokencomp.engine.lengths import check_turn
 from tokencomp.engine.masks import Masks, read_mask
 from tokencomp.engine.rowmap import RowMap
 from tokencomp.engine.weights import Carrier, RowWeights, carrier
@@ -79,6 +80,8 @@ class LaterTokens:
             kwargs["inputs_embeds"] = self.adapter.decoder.embed_tokens(kwargs["input_ids"])
             kwargs["input_ids"] = None
         first.check_patch()
+        if not torch.compiler.is_compiling():
+            check_turn(compat.get_cache(kwargs), first, kwargs)
         x, static = kwargs["inputs_embeds"], isinstance(first, CompressedStaticLayer)
         single, weighing = x.shape[1] == 1, None
         if _weighted([first] if static else layers):
