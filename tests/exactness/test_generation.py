@@ -70,15 +70,20 @@ def test_prompt_lookup_equals_greedy(family: Family, name: str) -> None:
     if getattr(model, "_is_stateful", False):  # Qwen3.5
         pytest.skip("transformers has no assisted decoding for models that keep a state")
     inputs = family.batch([[text(3), family.image(0), text(4, 3) * 3]])
+    # the penalty keeps a random model from repeating itself, so that drafts get rejected
+    options = dict(max_new_tokens=24, repetition_penalty=1.5, suppress_tokens=[NO_EOS])
+    lookup = dict(prompt_lookup_num_tokens=4, max_matching_ngram_size=1)
+
+    def answers() -> list[torch.Tensor]:
+        both = [model.generate(**inputs, **options, **how) for how in ({}, lookup)]
+        n = min(ids.shape[1] for ids in both)  # some releases add one token more when assisted
+        assert n >= inputs["input_ids"].shape[1] + 24
+        return [ids[:, :n] for ids in both]
+
+    if family.name in HYBRID and not torch.equal(*answers()):
+        pytest.skip("transformers' drafts change the answer without a patch, too")
     with tokencomp.patch(model, plan=plans.make(name, family.layers)):
-        # the penalty keeps a random model from repeating itself, so that drafts get rejected
-        options = dict(max_new_tokens=24, repetition_penalty=1.5, suppress_tokens=[NO_EOS])
-        greedy = model.generate(**inputs, **options)
-        lookup = dict(prompt_lookup_num_tokens=4, max_matching_ngram_size=1)
-        assisted = model.generate(**inputs, **options, **lookup)
-    n = min(greedy.shape[1], assisted.shape[1])  # some releases add one token more when assisted
-    assert n >= inputs["input_ids"].shape[1] + 24
-    assert torch.equal(greedy[:, :n], assisted[:, :n])
+        assert torch.equal(*answers())
 
 
 @pytest.mark.parametrize("name", ["both", plans.MERGED])

@@ -28,6 +28,7 @@ from tokencomp.models.vila.root import read_config, read_root, root_of
 from tokencomp.models.vila.tokens import load_tokenizer
 from tokencomp.storage import write_json
 
+IGNORED = ("config", "trust_remote_code")  # options of the Auto classes, see `from_pretrained`
 MEDIA = ("pixel_values", "pixel_values_videos", "video_frames")
 
 
@@ -75,7 +76,8 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         transformers if one is missing.
         """
         folder = Path(folder)
-        kwargs = {k: v for k, v in kwargs.items() if k not in ("config", "trust_remote_code")}
+        # Names with an underscore are notes of the Auto class that has called this method.
+        kwargs = {k: v for k, v in kwargs.items() if k not in IGNORED and k[0] != "_"}
         known = "media_tokens" in read_root(folder)
         tokenizer = None if known else load_tokenizer(folder)
         config = read_config(folder, tokenizer)
