@@ -28,6 +28,10 @@ def versions() -> dict[str, str]:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             installed[name] = importlib.metadata.version(name)
+    if "torch" in installed:  # its metadata lack the build, such as +cu132
+        from torch import __version__ as build
+
+        installed["torch"] = str(build)
     return installed
 
 
