@@ -48,11 +48,14 @@ def check_turn(cache: Any, first: Any, arguments: Mapping[str, Any]) -> None:
     arguments
         Of the decoder; `inputs_embeds` is (B, n, d).
     """
-    new, columns = arguments["inputs_embeds"].shape[1], first.get_seq_length()
+    new = arguments["inputs_embeds"].shape[1]
+    if new == 1 and cache.layers[0] is first:
+        return
+    columns = first.get_seq_length()
     if new == 1:
-        counted = None if cache.layers[0] is first else cache.get_seq_length()
+        counted = cache.get_seq_length()
         # A number on a device is not read: a decode step must not wait for it.
-        if counted is not None and not _on_device(counted) and not _on_device(columns):
+        if not _on_device(counted) and not _on_device(columns):
             _compare(cache.layers[0], "columns", counted, columns)
         return
     columns = int(columns)
