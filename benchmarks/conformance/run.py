@@ -104,11 +104,13 @@ def check_type(model_type: str) -> dict[str, Any]:
     name, worst = max(results.items(), key=lambda item: RANK.index(item[1].status))
     errors: dict[str, float] = {}
     refusals: dict[str, str] = {}
+    unpatched: dict[str, str] = {}
     for result in results.values():
         errors |= {k: max(v, errors.get(k, 0.0)) for k, v in result.errors.items()}
         refusals |= result.refusals
+        unpatched |= result.unpatched
     reason = f"{name}: {worst.reason}" if name and worst.reason else worst.reason
-    row = _row(Result(worst.status, reason, errors, refusals), list(results))
+    row = _row(Result(worst.status, reason, errors, refusals, unpatched), list(results))
     seconds = round(time.perf_counter() - start, 1)
     image_text = model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     return {**row, "image_text": image_text, "seconds": seconds}
@@ -118,7 +120,7 @@ def _row(result: Result, forms: list[str] | None = None) -> dict[str, Any]:
     """A result as plain types, ready for JSON, with rounded numbers."""
     named = [form for form in forms or () if form]
     row = {**asdict(result), "errors": {k: float(f"{v:.2g}") for k, v in result.errors.items()}}
-    row = {k: v for k, v in row.items() if k != "refusals" or v}
+    row = {k: v for k, v in row.items() if k not in ("refusals", "unpatched") or v}
     return {**row, **({"forms": named} if named else {})}
 
 

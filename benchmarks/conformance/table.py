@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks import publishing
 from tokencomp.adapters.verified import PASSED, STATUSES, TESTED, load, nearest
 from tokencomp.conformance.checks import EFFECT, TOLERANCE
+from tokencomp.conformance.turns import TURNS
 
 MEANING = {
     "exact": "at entry and between layers",
@@ -23,7 +24,15 @@ MEANING = {
 }
 LATER = ("fastv", "prune", "pyramiddrop")  # reducers that act between layers
 CHECKS = ("entry", "entry decode", "batch", "layers", "layers decode", "condiv", *LATER, "effect")
-
+CALLS = ("merge", "merge decode", *TURNS)
+AFTER = (
+    "What runs under the default and what runs on a cache: prompt and decode steps of the default,",
+    "which merges; a later turn of words, and of media; beams, whose caches are reordered; other",
+    "words after `crop`; prompt lookup; a prefill in pieces; a static cache. The default prompt is",
+    "compared with the whole model in which tokens are merged by a plain loop; all others, under",
+    "dropping and under the default, alone and in a ragged batch, with the same ids without a",
+    'cache. "unpatched": the model fails there by itself.',
+)
 
 SCORES = (
     "Columns named after reducers: half of the work leaves by the attention that they read;",
@@ -92,10 +101,12 @@ def markdown(table: Mapping[str, Any]) -> str:
             lines += [f"## {status.capitalize()}", ""]
             if status in PASSED:
                 lines += _measured(rows, status)
+                lines += _calls(rows)
+                lines += _reasons(rows, "refusals", "Refused:", skip=status != "exact")
+                lines += _reasons(rows, "unpatched", "The unpatched model fails by itself:")
             else:
                 reasons = [(name, first_sentence(row["reason"])) for name, row in rows.items()]
                 lines += _table(["model type", "reason"], reasons)
-            lines += _refusals(rows) if status == "exact" else []
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -112,24 +123,37 @@ def _measured(rows: Mapping[str, Any], status: str) -> list[str]:
     return _table(head, lines)
 
 
+def _calls(rows: Mapping[str, Any]) -> list[str]:
+    """What runs after a prompt, by model type."""
+    if not any(check in row["errors"] for row in rows.values() for check in CALLS):
+        return []
+    lines = [[name, *(_cell(row, check) for check in CALLS)] for name, row in rows.items()]
+    return [*AFTER, "", *_table(["model type", *CALLS], lines)]
+
+
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A table in Markdown, and an empty line."""
     return [publishing.table(head, rows, rule=" --- "), ""]
 
 
-def _refusals(rows: Mapping[str, Any]) -> list[str]:
-    """Which reducers that read attention are refused, and why."""
+def _reasons(rows: Mapping[str, Any], key: str, title: str, skip: bool = False) -> list[str]:
+    """Which checks the package refuses or the unpatched model fails, and why.
+
+    `skip` leaves out reducers that read attention.
+    """
     lines = []
     for name, row in rows.items():
         reasons: dict[str, list[str]] = {}
-        for reducer, reason in row.get("refusals", {}).items():
-            reasons.setdefault(first_sentence(reason), []).append(reducer)
+        for check, reason in row.get(key, {}).items():
+            if not skip or check in CALLS:
+                reasons.setdefault(first_sentence(reason), []).append(check)
         lines += [(name, ", ".join(own), why) for why, own in reasons.items()]
-    table = _table(["model type", "reducers", "reason"], lines)
-    return ["Refused reducers:", "", *table] if lines else []
+    return [title, "", *_table(["model type", "checks", "reason"], lines)] if lines else []
 
 
 def _cell(row: Mapping[str, Any], check: str) -> str:
+    if check in row.get("unpatched", {}):
+        return "unpatched"
     return "refused" if check in row.get("refusals", {}) else _number(row["errors"].get(check))
 
 

@@ -1,8 +1,6 @@
-"""Merged rows in the cache of every model type that is accepted: as prompts without a cache."""
+"""Merged rows in the cache of a model with convolutions: as prompts without a cache."""
 
 from __future__ import annotations
-
-from importlib import metadata
 
 import pytest
 import torch
@@ -12,20 +10,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import tokencomp
 from benchmarks.conformance.run import model_classes
 from benchmarks.conformance.variants import variants
-from tokencomp.adapters.verified import load, nearest
 from tokencomp.conformance.build import tiny_model
 from tokencomp.conformance.prompts import Prompts
 
-TABLE = load(nearest(metadata.version("transformers")))["types"]
-ACCEPTED = sorted(t for t, row in TABLE.items() if row["status"] in ("exact", "entry only"))
-SHORT = "lfm2_vl"  # with convolutions, whose mask takes no weights
 STEPS = 4
 
 
-@pytest.mark.parametrize(
-    "model_type",
-    [pytest.param(t, marks=() if t == SHORT else pytest.mark.long) for t in ACCEPTED],
-)
+# With convolutions, whose mask takes no weights. Of all other types conformance compares them.
+@pytest.mark.parametrize("model_type", ["lfm2_vl"])
 def test_decode_steps_equal_prompts_without_a_cache(model_type: str) -> None:
     """There, attention gets weights; on the cache, rows stand as often as they count."""
     model_class = getattr(transformers, model_classes().get(model_type, ""), None)

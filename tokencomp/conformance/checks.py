@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tokencomp.conformance.build import BuildError, TinyModel
-from tokencomp.conformance.oracle import OracleError, columns_left, hidden
+from tokencomp.conformance.oracle import OracleError, columns_left, hidden, merged
 from tokencomp.conformance.prompts import Prompts
-from tokencomp.errors import PlanError, TokenCompError, UnsupportedModelError
+from tokencomp.conformance.turns import DROPPED, TURNS, Turns, default_plan
+from tokencomp.errors import CacheError, PlanError, TokenCompError, UnsupportedModelError
 from tokencomp.plan.plan import Plan, Stage
 from tokencomp.plan.schedules import not_before
 from tokencomp.reducers.registry import make_reducer
@@ -38,15 +41,17 @@ class Result:
 
     `status` is "exact": at entry and between layers. "entry only": at entry. "refused": by the
     package, before anything ran. "unverified": could not be checked, or is not exact. `reason` says
-    why it is not exact; `refusals`, by reducer that reads attention, why the package refuses it.
-    `errors` has the largest difference of logits by check, and the effect of compression, both in
-    units of the logits' standard deviation.
+    why it is not exact; `refusals`, by reducer that reads attention or by check of `TURNS`, why the
+    package refuses it; `unpatched`, by check of `TURNS`, what the unpatched model does wrong there
+    itself. `errors` has the largest difference of logits by check, and the effect of compression,
+    both in units of the logits' standard deviation.
     """
 
     status: Status
     reason: str = ""
     errors: dict[str, float] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
+    unpatched: dict[str, str] = field(default_factory=dict)
 
 
 class NotExact(Exception):
@@ -80,7 +85,12 @@ def check_model(tiny: TinyModel, compress: Compress) -> Result:
         except (PlanError, UnsupportedModelError) as error:
             result.refusals[name] = str(error)
         except Exception as error:
-            return Result("unverified", f"{name}: {_reason(error)}", errors, result.refusals)
+            return replace(result, status="unverified", reason=f"{name}: {_reason(error)}")
+    try:
+        checks.merging()
+        checks.turns(result)
+    except Exception as error:
+        return replace(result, status="unverified", reason=_reason(error))
     return result
 
 
@@ -150,6 +160,78 @@ class Checks:
             words, steps = self.prompts.generate(self.prompts.inputs(), STEPS)
             left = self._left(handle.stats, plan)
         self._decode_against_oracle(name, left, words, steps)
+
+    def merging(self) -> None:
+        """The plan of `patch(model)`, which merges where the model can."""
+        plan = default_plan(self.depth)
+        with self.compress(self.tiny.whole, plan) as handle:
+            compressed = self.prompts.forward(self.prompts.inputs()).logits
+            left, stats = self._left(handle.stats, plan), handle.stats
+            words, steps = self.prompts.generate(self.prompts.inputs(), STEPS)
+        extended = [torch.cat([mask, torch.ones_like(words).bool()], 1) for mask in left]
+        reference = self._merged(extended, words, stats)
+        kept = left[-1].nonzero(as_tuple=True)
+        self._limit("merge", self._distance(compressed[kept], reference[kept]))
+        self._limit("merge decode", self._distance(steps, reference[:, -STEPS - 1 : -1]))
+
+    def _merged(self, left: list[Tensor], words: Tensor, stats: Any) -> Tensor:
+        """Logits (B, L + T, V) of the whole model on prompts and `words`, with merged tokens."""
+        gains: list[Tensor | None] = [None]
+
+        def enter(decoder: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            embeds = kwargs.get("inputs_embeds")
+            if embeds is not None:  # Chameleon's decoder makes them itself
+                kwargs["inputs_embeds"], gains[0] = merged(embeds, stats)
+            return args, kwargs
+
+        def first(layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            if gains[0] is not None:
+                return args, kwargs
+            states, gains[0] = merged(args[0], stats)
+            return (states, *args[1:]), kwargs
+
+        hooks: list[Any] = []
+        if stats.merged_from is not None:
+            for module, hook in ((self.tiny.decoder, enter), (self.stack[0], first)):
+                hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            with hidden(self.stack, left, lambda: gains[0]):
+                inputs = self.prompts.inputs(new=words)
+                logits: Tensor = self.prompts.forward(inputs, use_cache=False).logits
+        finally:
+            for undo in hooks:
+                undo.remove()
+        return logits
+
+    def turns(self, result: Result) -> None:
+        """What runs after a prompt: under dropping and under the plan of `patch(model)`."""
+        turns = Turns(self.prompts)
+        for name in TURNS:
+            for plan in (DROPPED, default_plan(self.depth)):
+                try:
+                    value = turns.run(name, partial(self.compress, self.tiny.whole, plan))
+                    self._limit(name, value / self.scale)
+                except TokenCompError as error:
+                    if isinstance(error, CacheError):
+                        raise
+                    result.refusals[name] = _reason(error)
+                except Exception as error:
+                    failed = self._control(turns, name)
+                    if not failed and isinstance(error, NotExact):
+                        raise
+                    if not failed:
+                        raise NotExact(f"{name}: {_reason(error)}") from error
+                    result.unpatched[name] = failed
+                    self.errors.pop(name, None)
+                    break
+
+    def _control(self, turns: Turns, name: str) -> str:
+        """How the unpatched model fails in the check `name` by itself; "": it does not."""
+        try:
+            value = turns.run(name, nullcontext) / self.scale
+        except Exception as error:
+            return _reason(error)
+        return "" if value <= TOLERANCE else f"its logits differ by {value:.1e}"
 
     def _against_oracle(self, name: str, plan: Plan) -> None:
         """Prefill and decode steps of a plan, compared with hiding the same tokens."""

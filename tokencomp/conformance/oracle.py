@@ -5,13 +5,16 @@ A dropped token is hidden from the layers after its stage, by layer type:
 * attention (full, sliding, chunked, indexed): its column is hidden in the mask that transformers
 builds for the full-length prompt, so windows are measured in original positions; * linear mixers
 (recurrences, convolutions): the mixer runs only on the kept rows.
+
+Tokens that are merged are averaged into kept ones before the first layer, and attention logits gain
+the logarithm of how many tokens a column represents.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from tokencomp.torchlib.compat import CACHE_NAMES, bind
 
 CACHES = (*CACHE_NAMES, "cache_params")
 CONVOLUTION_MASK = "conv_mask"
+Gains = Callable[[], Tensor | None]
 MASKS = ("attention_mask", CONVOLUTION_MASK, "mask", "padding_mask")
 
 
@@ -52,12 +56,36 @@ def _leave(columns: Tensor, spans: Sequence[VisualSpan], kept: list[list[int]]) 
         columns[[span.start + offset for offset in offsets]] = True
 
 
+def merged(embeds: Tensor, stats: Stats) -> tuple[Tensor, Tensor]:
+    """Inputs of a decoder (B, L, d) in which tokens that left at entry are merged, by a plain loop.
+
+    Also returns the logarithm of the number of tokens that every column represents, (B, L). A token
+    goes to the kept patch of its span with the largest cosine.
+    """
+    result, sizes = embeds.clone(), torch.ones(embeds.shape[:2])
+    for b, spans in enumerate(stats.spans):
+        for span, kept in zip(spans, stats.kept(b)[0], strict=True):
+            fixed = {*span.special, *span.text}
+            targets = [span.start + o for o in kept if o not in fixed]
+            groups = {column: [column] for column in targets}
+            for o in set(range(span.stop - span.start)) - fixed - set(kept):
+                x = embeds[b, span.start + o]
+                near = torch.cosine_similarity(x, embeds[b, targets], dim=1)
+                groups[targets[int(near.argmax())]].append(span.start + o)
+            for column, members in groups.items():
+                result[b, column] = embeds[b, members].mean(0)
+                sizes[b, column] = len(members)
+    return result, sizes.log()
+
+
 @contextlib.contextmanager
-def hidden(layers: Iterable[nn.Module], left: list[Tensor]) -> Iterator[None]:
+def hidden(
+    layers: Iterable[nn.Module], left: list[Tensor], gains: Gains = lambda: None
+) -> Iterator[None]:
     """Hide dropped tokens from every decoder layer inside the block; attention must be eager.
 
     `left` (B, L): by layer, the columns that are real and not dropped before it; for layers that
-    all attend also (B, L, L), by query and key.
+    all attend also (B, L, L), by query and key. `gains` gives what attention logits gain, (B, L).
     """
     undo: list[Any] = []
     try:
@@ -67,7 +95,7 @@ def hidden(layers: Iterable[nn.Module], left: list[Tensor]) -> Iterator[None]:
                 mixer.forward = _on_rows(mixer.forward, mask)
                 undo.append(lambda m=mixer: m.__dict__.pop("forward"))
             others = (m for m in layer.modules() if m is not layer and m not in mixers)
-            hook = _hiding(mask, required=any(_takes(m, "attention_mask") for m in others))
+            hook = _hiding(mask, gains, required=any(_takes(m, "attention_mask") for m in others))
             undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
     finally:
@@ -84,8 +112,8 @@ def is_linear_mixer(module: nn.Module) -> bool:
     )
 
 
-def _hiding(left: Tensor, required: bool) -> Any:
-    """A hook of a decoder layer: the mask hides the columns that are not `left`.
+def _hiding(left: Tensor, gains: Gains, required: bool) -> Any:
+    """A hook of a decoder layer: the mask hides the columns that are not `left`, and adds `gains`.
 
     If a mask is `required`, a call without a 4-D one raises `OracleError`.
     """
@@ -96,6 +124,12 @@ def _hiding(left: Tensor, required: bool) -> Any:
             del kwargs[name]  # hidden states stay positional: transformers records args[0]
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 4:
+            if (added := gains()) is not None:
+                if mask.dtype == torch.bool:
+                    mask = torch.zeros(mask.shape).masked_fill(
+                        ~mask, torch.finfo(torch.float32).min
+                    )
+                mask = mask + added[:, None, None, -mask.shape[-1] :]
             gone = ~(left if left.ndim == 3 else left[:, None])[:, None, :, -mask.shape[-1] :]
             if mask.dtype == torch.bool:
                 mask = mask.masked_fill(gone, False)
