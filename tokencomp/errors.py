@@ -28,7 +28,9 @@ class FrameRateWarning(UserWarning):
 
 
 class FrameChoiceWarning(UserWarning):
-    """Frames that a policy did not choose, that replace damaged ones, or that are shown twice."""
+    """Frames that a policy did not choose, that replace damaged ones, that are shown twice, or that
+    a model reads as images.
+    """
 
 
 class MergeWarning(UserWarning):

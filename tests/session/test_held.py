@@ -94,6 +94,8 @@ def test_places() -> None:
     assert places.of([image], 7).tolist() == [-1, 6, 7, 8, 9, 10, 11]
     assert places.of([video], 17).tolist() == first
     assert places.of([unknown], 4).tolist() == [-1] * 4
-    tiles = [VisualSpan(0, 2, (1, 1, 2), item=5), VisualSpan(2, 2, (1, 1, 2), item=5)]
+    tiles = [VisualSpan(0, 2, (1, 1, 2), item=5), VisualSpan(2, 2, (1, 1, 2), item=5, tile=1)]
     assert places.of(tiles, 4).tolist() == [12, 13, 14, 15]
-    assert places.of(tiles[1:], 4).tolist() == [-1, -1, 12, 13]
+    assert places.of(tiles[1:], 4).tolist() == [-1, -1, 14, 15]
+    frames = [VisualSpan(0, 2, (1, 1, 2), item=5), VisualSpan(2, 2, (1, 1, 2), item=5)]
+    assert places.of(frames, 4).tolist() == [12, 13, 12, 13]

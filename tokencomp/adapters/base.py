@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokencomp.adapters.items import ItemEnds
 from tokencomp.adapters.structure import (
     Parts,
     deepstack_layers,
@@ -238,6 +239,8 @@ class Adapter(Hooked):
         Methods of the body that encode media, and the modality of each.
     encoded
         Their calls, while the model is patched.
+    item_ends
+        Which spans are parts of one item.
     layers_read_positions
         Whether layers may read `position_ids` other than for the rotary embedding.
     """
@@ -262,6 +265,7 @@ class Adapter(Hooked):
         self.mrope = self.mrope_rows > 0
         self.placeholders = find_placeholders(parts)  # raises if there are none
         self.encoded = EncodedMedia()
+        self.item_ends = ItemEnds(model)
 
     def find_parts(self, model: nn.Module) -> Parts:
         return find_parts(model)

@@ -111,7 +111,7 @@ class LlavaNextAdapter(TileAdapter):
             special = tuple((width + 1) * r + width for r in range(rows))
             spans.append(VisualSpan(cursor, tile, (1, side, side), item=cursor))
             mosaic, grid = rows * (width + 1), (1, rows, width)
-            spans.append(VisualSpan(first, mosaic, grid, special=special, item=cursor))
+            spans.append(VisualSpan(first, mosaic, grid, special=special, item=cursor, tile=1))
             cursor = first + rows * (width + 1)
         return spans
 

@@ -85,7 +85,7 @@ class StructuralAdapter(Adapter):
                 encoding, number = encodings[modality], next(numbers[modality])
                 size = partial(encoding.size, counts[modality], number)
                 spans[b] += self.spans_of(medium, b, call, encoding, size)
-        return spans
+        return self.item_ends.join(spans, call.inputs.get("input_ids"))
 
     def encoding(self, modality: Modality, call: MediaCall, encoded: bool) -> Encoding:
         """Encoded media of a modality that belong to a call.
@@ -142,11 +142,13 @@ class StructuralAdapter(Adapter):
             guess = (1, *encoding.map) if encoding.map else square(end - first, self._patches)
             grids = [grid or guess for grid in grids]
         spans = []
-        for (start, stop), grid in zip(pieces, grids, strict=True):
+        for tile, ((start, stop), grid) in enumerate(zip(pieces, grids, strict=True)):
             n, item = stop - start, pieces[0][0]
             known = grid is not None and math.prod(grid) == n
             shape = grid if known and grid is not None else (1, 1, n)
-            spans.append(VisualSpan(start, n, shape, modality, grid_known=known, item=item))
+            spans.append(
+                VisualSpan(start, n, shape, modality, grid_known=known, item=item, tile=tile)
+            )
         return spans
 
     def _patches_per_side(self) -> int | None:

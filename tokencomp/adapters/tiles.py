@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -15,13 +13,13 @@ from tokencomp.adapters.structural import StructuralAdapter
 from tokencomp.adapters.towers.base import Tower, TowerCall
 from tokencomp.adapters.towers.dense import DenseTower, squares
 from tokencomp.errors import SpanError
-from tokencomp.tokens.tokens import CODES, Modality, VisualSpan
+from tokencomp.tokens.tokens import CODES, Modality
 
 
 class TileAdapter(StructuralAdapter):
     """Every tile (crop, thumbnail, or frame) is a span; tokens between tiles are text.
 
-    Subclasses define the number of tokens per side of a tile.
+    `ItemEnds` says which spans are one item. Subclasses define the tokens per side of a tile.
     """
 
     signals = (*StructuralAdapter.signals, "tower")
@@ -73,16 +71,6 @@ class TileAdapter(StructuralAdapter):
                 "no square tiles, and no others are supported."
             )
         return self._patches
-
-    def spans(self, call: MediaCall) -> list[list[VisualSpan]]:
-        """Adjacent tiles in one run are one item."""
-        rows = []
-        for row, runs in zip(super().spans(call), runs_of(call.modalities), strict=True):
-            starts = [start for start, _, _ in runs]
-            firsts = [starts[bisect.bisect(starts, span.start) - 1] for span in row]
-            pairs = zip(row, firsts, strict=True)
-            rows.append([replace(span, item=first) for span, first in pairs])
-        return rows
 
     def described(self, modality: Modality, call: MediaCall) -> Encoding:
         """All tiles have equally many tokens, so the source of features does not matter."""

@@ -56,6 +56,8 @@ def read_prompt(
     positions, text = read_positions(adapter, arguments, past)
     rows = positions[-3:].cpu().numpy() if adapter.mrope else None
     spans = adapter.spans(MediaCall(modalities, x, rows, adapter.body, noted.inputs or {}))
+    if plan.has_item_budget:
+        adapter.item_ends.warn_of_unknown(spans)
     row_map = _map(arguments, past, noted, spans, text)
     layers, mask = getattr(cache, "layers", None) or (), arguments.get("attention_mask")
     segments = build_segments(plan, len(adapter.layers), layers, mask, row_map)

@@ -163,7 +163,7 @@ class Stats:
         layers = [sum(seen) for seen in zip(*self.tokens_after, strict=True)]
         left = sum(layers) / len(layers)
         mean = " in the mean layer" if len(set(layers)) > 1 else ""
-        parts = [f"{sum(self.tokens_before)} → {left:.0f} visual tokens{mean}"]
+        parts = [f"{sum(self.tokens_before)} → {left:.0f} visual tokens{mean}{self._bound}"]
         parts += ["the rest merged"] if self.merged_from is not None else []
         cache = (self.kv_bytes_before, self.kv_bytes_after) if self._caches else (0, 0)
         for name, before, after in (
@@ -172,7 +172,7 @@ class Stats:
             ("tower work", *self.tower_flops),
         ):
             parts += [f"{name} {100 * after / before:.0f} %"] if before else []
-        return ", ".join(parts)
+        return ", ".join(parts) + (f" ({self.reason})" if self.reason else "")
 
     def __repr__(self) -> str:
         return f"<tokencomp.Stats: {self}>"
@@ -186,6 +186,63 @@ class Stats:
     def tokens_after(self) -> list[list[int]]:
         """Visual tokens per sample seen by each decoder layer."""
         return [self._left(*row) for row in zip(self.counts, self.entering, strict=True)]
+
+    @property
+    def items(self) -> list[list[list[int]]]:
+        """Per sample, per item (image, clip or sound): numbers of its spans in `spans`."""
+        samples = []
+        for row in self.spans:
+            items: dict[int | None, list[int]] = {}
+            for j, span in enumerate(row):
+                items.setdefault(span.item, []).append(j)
+            samples.append([*items.values()])
+        return samples
+
+    @property
+    def _item_budget(self) -> int | None:
+        """The budget of every item in tokens; None if there is none."""
+        budgets = [s.budget for s in self._plan.stages if s.budget is not None]
+        return next((b.tokens for b in budgets if not b.whole_prompt), None)
+
+    @property
+    def _bound(self) -> str:
+        """What a budget bounds, e.g. " (at most 20 of each of 8 images)"."""
+        spans = [
+            row[item[0]]
+            for row, found in zip(self.spans, self.items, strict=True)
+            for item in found
+        ]
+        if self._item_budget is None or len(spans) < 2:
+            return ""
+        names = {span.modality for span in spans}
+        name = {"image": "images", "video": "clips", "audio": "sounds"}
+        media = name[names.pop()] if len(names) == 1 else "media"
+        return f" (at most {self._item_budget:,} of each of {len(spans):,} {media})"
+
+    @property
+    def reason(self) -> str:
+        """Why nothing was removed of what was asked for; empty if something was."""
+        if not self or self.ratio > 0:
+            tower = self._plan.tower if self and self._survivors is not None else None
+            whole = tower is not None and not tower.decides and self.tower_ratio == 0
+            return "the tower keeps every patch: tower_ratio removes none here" if whole else ""
+        budget = next((s.budget for s in self._plan.stages if s.budget is not None), None)
+        if budget is None:
+            chosen = (self._plan.tower is not None and self._plan.tower.decides) or any(
+                counts_itself(s.reducer) for s in self._plan.stages
+            )
+            what = "the reducer finds nothing to drop" if chosen else "too few tokens to drop one"
+            return f"{what}, so the prompt is whole"
+        rows = zip(self.spans, self.items, strict=True)
+        sizes = [[sum(row[j].visual for j in item) for item in found] for row, found in rows]
+        if budget.whole_prompt:
+            largest, name = max(map(sum, sizes)), "prompt"
+        else:
+            largest, name = max(n for row in sizes for n in row), "image or clip"
+        return (
+            f"no {name} has more than {largest:,} tokens, the budget is {budget.tokens:,}: a "
+            "smaller budget or ratio= compresses"
+        )
 
     @property
     def ratio(self) -> float:

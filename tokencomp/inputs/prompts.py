@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.errors import MediaError, OptionError
+from tokencomp.errors import FrameChoiceWarning, MediaError, OptionError
 from tokencomp.inputs.questions import frames_apart, modality_of
 from tokencomp.inputs.sounds import RATE
 from tokencomp.inputs.video import Sampling, Video, sampling_of
@@ -123,7 +124,7 @@ def build_inputs(
     """
     _check_rows(media, prompts)
     if any(modality_of(one) == "video" for row in media for one in row):
-        media = media if takes_videos(processor) else [frames_apart(row) for row in media]
+        media = media if takes_videos(processor) else _as_images(processor, media)
     chats = [media_chat(m, p) for m, p in zip(media, prompts, strict=True)]
     flat = [one for row in media for one in row]
     images = [m for m in flat if modality_of(m) == "image"]
@@ -139,6 +140,17 @@ def build_inputs(
         raise MediaError(
             f"the model's processor refuses the prompt ({sizes}; {others}): {error}"
         ) from error
+
+
+def _as_images(processor: Any, media: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """Rows whose videos are images, with a warning of what that means for a budget."""
+    warnings.warn(
+        f"{type(processor).__name__} takes no videos: every frame becomes an image, so budget=N is "
+        "per frame. budget={'prompt': N} and ratio= count the whole clip.",
+        FrameChoiceWarning,
+        stacklevel=3,
+    )
+    return [frames_apart(row) for row in media]
 
 
 def _check_rows(media: Any, prompts: Any) -> None:

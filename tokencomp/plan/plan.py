@@ -323,6 +323,11 @@ class Plan:
         return any(s.budget is not None for s in self.stages)
 
     @cached_property
+    def has_item_budget(self) -> bool:
+        """Whether a stage has a budget for every item."""
+        return any(s.budget is not None and not s.budget.whole_prompt for s in self.stages)
+
+    @cached_property
     def may_merge(self) -> bool:
         """Whether a stage may merge dropped tokens into kept ones."""
         return any(bool(s.merge) for s in self.stages)

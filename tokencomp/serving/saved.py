@@ -46,6 +46,18 @@ class Saved:
         after = sum(after for _, after in self.tokens.values())
         return int(after) if float(after).is_integer() else after
 
+    @property
+    def reason(self) -> dict[str, str]:
+        """Why nothing was removed of what was asked for; empty if something was."""
+        if self.reducer == "none" or self.after < self.before or not self.before:
+            return {}
+        if "budget" in self.requested:
+            return {
+                "reason": f"no image or clip has more tokens than the budget, of "
+                f"{self.before:,} in all; a smaller budget or a ratio compresses"
+            }
+        return {"reason": "the reducer found nothing to drop"}
+
     def as_usage(self) -> dict[str, Any]:
         return {
             "visual_tokens_before": self.before,
@@ -54,6 +66,7 @@ class Saved:
             "reducer": self.reducer,
             "merge": self.merge,
             "requested": dict(self.requested),
+            **self.reason,
         }
 
     def __str__(self) -> str:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
-from tokencomp.plan.counts import budget_shares
 from tokencomp.tokens.tokens import VisualSpan
 
 TEXT = -1
@@ -70,12 +69,12 @@ class PatchPlaces:
     def of(self, spans: Sequence[VisualSpan], width: int) -> Tensor:
         """Places of the columns of a call, int64 (width,); `NOWHERE` if unknown."""
         places = torch.full((width,), NOWHERE)
-        for span, share in zip(spans, budget_shares(spans), strict=True):
+        for span in spans:
             t, h, w = span.grid
             patches = (~span.special_mask()).nonzero()[:, 0]
             if not span.grid_known or len(patches) != t * h * w:
                 continue
-            key = (span.modality, h, w, share.part)
+            key = (span.modality, h, w, span.tile)
             if key not in self._first:
                 self._first[key], self._next = self._next, self._next + h * w
             places[span.start + patches] = self._first[key] + torch.arange(h * w).repeat(t)

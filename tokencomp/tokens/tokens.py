@@ -56,9 +56,11 @@ class VisualSpan:
     # False if the grid of the tokens is unknown. `grid` is then (1, 1, n), and reducers that read
     # places in it (`Traits.grid`) refuse the span.
     grid_known: bool = True
-    # First column of the image, clip or sound that the span is part of: tiles of one image are
-    # several spans of one item. None becomes `start`: the span is the whole item.
+    # First column of the image, clip or sound that the span is part of: tiles of one image, and
+    # frames of a clip with text between them, can be several spans of one item. None becomes
+    # `start`: the span is the whole item.
     item: int | None = field(default=None, compare=False)
+    tile: int = field(default=0, compare=False)  # number of the span in its picture
     stop: int = field(init=False, repr=False, compare=False)  # the column after the last
     # Visual tokens of the span, special ones included.
     visual: int = field(init=False, repr=False, compare=False)
