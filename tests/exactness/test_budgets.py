@@ -122,6 +122,20 @@ def test_tiles_of_an_image_share_its_budget(name: str) -> None:
         assert [left for _, left in items] == [[min(size, 21)] for size, _ in items]
 
 
+def test_a_setting_that_removes_nothing_says_why() -> None:
+    family = FAMILIES["qwen2_vl"]
+    model, inputs = family.build(), ragged(family)
+    largest = max(size for _, *sizes in prompt_lengths(model, inputs) for size in sizes)
+    amounts = [({"budget": 1000}, "1,000"), ({"budget": {"prompt": 900}}, f"{largest} tokens")]
+    with torch.no_grad(), tokencomp.patch(model, 0.5, reducer="uniform") as handle:
+        model(**inputs)
+        assert not handle.stats.reason
+        for amount, word in amounts:
+            handle.set(**amount)
+            model(**inputs)
+            assert word in handle.stats.reason and handle.stats.reason in str(handle.stats)
+
+
 def test_what_an_item_keeps_does_not_depend_on_its_prompt() -> None:
     """So a cached prefix of a conversation stays valid when more media follow."""
     family = FAMILIES["qwen3_vl"]

@@ -300,6 +300,13 @@ WANTED = {
 }  # fmt: skip
 
 
+def test_an_entry_says_why_nothing_was_removed() -> None:
+    whole = Saved("auto", {"budget": 512}, {"image": (256, 256)})
+    assert "budget" in whole.as_usage()["reason"]
+    assert "reason" not in Saved("auto", {"budget": 512}, {"image": (900, 512)}).as_usage()
+    assert "reason" not in Saved("none", {}, {"image": (256, 256)}).as_usage()
+
+
 def test_the_usage_and_the_log_say_what_was_saved(caplog: pytest.LogCaptureFixture) -> None:
     """In whole answers and in events; a text that looks like the field is not changed."""
     dumps = functools.partial(json.dumps, separators=(",", ":"))
