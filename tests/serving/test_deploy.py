@@ -99,7 +99,8 @@ def test_the_image_has_what_an_installation_reads_and_no_more() -> None:
 
     package = tomllib.loads((ROOT / "pyproject.toml").read_text())
     project, folders = package["project"], package["tool"]["setuptools"]["package-dir"]
-    needed = {"pyproject.toml", project["readme"], *project["license-files"], *folders.values()}
+    roots = {folder.split("/")[0] for folder in folders.values()}
+    needed = {"pyproject.toml", project["readme"], *project["license-files"], "tokencomp", *roots}
     assert {*copied()} == {*needed, script(), "zoo"}
     assert os.access(ROOT / script(), os.X_OK)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -21,9 +22,7 @@ class Stamp:
     def __init__(self, model: nn.Module) -> None:
         self._held: list[Any] = []
         file = io.BytesIO()
-        writer = pickle.Pickler(file, protocol=5)
-        writer.persistent_id = self._hold  # type: ignore[method-assign]
-        writer.dump(model)
+        _Writer(file, self._hold).dump(model)
         self._bytes = file.getvalue()
 
     def _hold(self, found: Any) -> int | None:
@@ -35,6 +34,24 @@ class Stamp:
     def copy(self) -> nn.Module:
         """A model that shares no tensor with the others."""
         copies: dict[int, Any] = {}
-        reader = pickle.Unpickler(io.BytesIO(self._bytes))
-        reader.persistent_load = lambda number: copy.deepcopy(self._held[number], copies)
-        return reader.load()
+        read = _Reader(self._bytes, lambda number: copy.deepcopy(self._held[number], copies))
+        return read.load()
+
+
+# Subclasses: Python 3.13.0 ignores `persistent_id` and `persistent_load` set on an instance.
+class _Writer(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, hold: Callable[[Any], int | None]) -> None:
+        super().__init__(file, protocol=5)
+        self._hold = hold
+
+    def persistent_id(self, found: Any) -> int | None:
+        return self._hold(found)
+
+
+class _Reader(pickle.Unpickler):
+    def __init__(self, content: bytes, load: Callable[[int], Any]) -> None:
+        super().__init__(io.BytesIO(content))
+        self._load = load
+
+    def persistent_load(self, number: int) -> Any:
+        return self._load(number)
