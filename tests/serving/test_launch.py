@@ -261,8 +261,15 @@ def test_the_folder_of_metrics_goes_with_the_server(
     (tmp_path / name).mkdir()
     (tmp_path / name / "1.db").touch()
     end = "process.end_after_engine()" if dies else ""
-    code = "from tokencomp.serving.vllm import process\nprocess.remove_metrics_at_exit()\n" + end
+    code = (
+        "import os, subprocess, sys\nfrom tokencomp.serving.vllm import process\n"
+        "os.environ[process.ENV_OWNER] = str(os.getpid())\nprocess.remove_metrics_at_exit()\n"
+        # As vLLM does at the first start of a model: a subprocess that loads plugins, and ends.
+        "child = 'from tokencomp.serving.vllm import process; process.remove_metrics_at_exit()'\n"
+        "subprocess.run([sys.executable, '-c', child], check=True)\n"
+        "assert os.path.isdir(os.environ[process.ENV_METRICS])\n"
+    )
     env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / name)}
-    done = subprocess.run([sys.executable, "-c", code], env=env)
+    done = subprocess.run([sys.executable, "-c", code + end], env=env)
     assert done.returncode == (process.ENGINE_DIED if dies else 0)
     assert (tmp_path / name).exists() is not goes

@@ -24,7 +24,7 @@ from tokencomp.serving.bind import Bind
 from tokencomp.serving.limits import Limits
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import LOADER
-from tokencomp.serving.vllm.process import ENV_METRICS, METRICS
+from tokencomp.serving.vllm.process import ENV_METRICS, ENV_OWNER, METRICS
 from tokencomp.serving.vllm.roles import ROLE_FLAGS, router_networks
 from tokencomp.serving.vllm.rules import Rules
 
@@ -119,6 +119,7 @@ def vllm_command(
     if ENV_METRICS not in env:
         # In this mode of Prometheus, the reduction times of the workers reach /metrics.
         env[ENV_METRICS] = tempfile.mkdtemp(prefix=METRICS)
+        env[ENV_OWNER] = str(os.getpid())  # which `run_vllm` keeps
     return [*command, *extra], env
 
 

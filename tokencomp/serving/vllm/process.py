@@ -14,6 +14,7 @@ from pathlib import Path
 
 METRICS = "tokencomp-metrics-"  # beginning of the folder's name that `tokencomp serve` makes
 ENV_METRICS = "PROMETHEUS_MULTIPROC_DIR"
+ENV_OWNER = "TOKENCOMP_METRICS_OWNER"  # number of the process that removes the folder of metrics
 ENGINE_DIED = 70  # exit code after the death of the engine
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 logger = logging.getLogger("vllm.tokencomp")
@@ -30,8 +31,12 @@ def end_with_parent() -> None:
 
 
 def remove_metrics_at_exit() -> None:
-    """Let the first process of a server remove the folder of its metrics when it ends."""
-    if multiprocessing.parent_process() is None:
+    """Let the process that `tokencomp serve` became remove the folder of metrics when it ends.
+
+    vLLM also loads plugins in plain subprocesses, for example to look at a class of a model at the
+    first start. Their end must not remove the folder of the server.
+    """
+    if os.environ.get(ENV_OWNER) == str(os.getpid()):
         atexit.register(_remove_metrics)
 
 
@@ -44,7 +49,7 @@ def _remove_metrics() -> None:
 def end_after_engine() -> None:
     """End this process with `ENGINE_DIED` (vLLM: 0), so that a supervisor starts it again."""
     logger.error("the engine has died: this server ends with exit code %d", ENGINE_DIED)
-    if multiprocessing.parent_process() is None:
+    if os.environ.get(ENV_OWNER) == str(os.getpid()):
         _remove_metrics()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
