@@ -69,15 +69,17 @@ class Encoder:
     """
 
     def __init__(self, tiny: TinyModel, medium: str) -> None:
-        self.tiny, self._method = tiny, f"get_{medium}_features"
+        self.tiny = tiny
         self.layout, self.width = Layout(), tiny.text_config.hidden_size
         self.images: list[Tensor] = []
         self.calls = 0
         modules = [tiny.model, *(getattr(tiny.model, n, None) for n in ("base_model", "model"))]
         owners = dict.fromkeys(m for m in modules if isinstance(m, nn.Module))
+        names = (f"get_{medium}_features", f"encode_{medium}s")  # the latter of VILA
+        self._method = next((n for n in names for m in owners if hasattr(m, n)), "")
+        if not self._method:
+            raise BuildError(f"{type(tiny.model).__name__} has no {names[0]}")
         replaced = [m for m in owners if self._method in dir(m)]
-        if not replaced:
-            raise BuildError(f"{type(tiny.model).__name__} has no {self._method}")
         for module in replaced:
             self._replace(module)
 

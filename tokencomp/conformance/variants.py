@@ -36,6 +36,13 @@ WITHOUT_TEXT: dict[str, Variant] = {
         top={"vision_config.image_size": [112, 112], "vision_config.patch_size": [14, 14]},
         image_tokens=(16,),
     ),
+    **dict.fromkeys(
+        ("vila", "llava_llama"),
+        Variant(
+            top={**_TILES, "projector_type": "mlp_downsample", "image_ends": [[], []]},
+            image_tokens=(4,),
+        ),
+    ),
     "llava_next": _MOSAIC,
     "llava_next_video": _MOSAIC,
     "llava_onevision": _MOSAIC,

@@ -19,7 +19,8 @@ _QUICK = ("qwen2_vl", "qwen3_vl", "llava_onevision")
 RELEASES: dict[str, tuple[str, ...] | None] = {
     "5.6.0": _QUICK,
     "5.13.1": _QUICK,
-    "5.24.0": None,
+    "5.24.0": _QUICK,
+    "5.25.0": None,
 }
 F = TypeVar("F", bound=Callable[..., Any])
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
