@@ -85,6 +85,14 @@ class UnverifiedModelError(UnsupportedModelError):
     """A model of a type that has not passed the check that dropping tokens equals masking them."""
 
 
+class UntestedReleaseError(UnverifiedModelError):
+    """A transformers release newer than the tested ones, where a check of the model failed."""
+
+
+class UntestedReleaseWarning(UserWarning):
+    """A release of transformers newer than the tested ones, allowed without a check."""
+
+
 class UnsupportedCacheError(TokenCompError, TypeError):
     """A KV cache whose layout cannot hold rows of different logical and physical length."""
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.registry import adapter_for, unwrap
-from tokencomp.adapters.verified import unverified_accepted
+from tokencomp.adapters.verified import accepts_unverified, unverified_accepted
+from tokencomp.conformance.release import verify_release
 from tokencomp.conformance.verify import verify_model
 from tokencomp.context_window import (
     VISUAL_WINDOW,
@@ -23,6 +24,7 @@ from tokencomp.errors import AlreadyCompressedError, OptionError, PlanError
 from tokencomp.handle import Handle, handle_of, make_plan
 from tokencomp.method import Method, usual_ratio
 from tokencomp.plan.options import Merging, one_amount
+from tokencomp.plan.plan import Plan
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.plan_json import PlanLike, as_plan
 from tokencomp.validation import check_choice
@@ -99,8 +101,8 @@ def patch(
         `extend_visual_context(model, target, window=...)`).
     verify
         Check first that compression is exact on a tiny random model with the config of `model`
-        (about a second; the checks that every verified type has passed). Needed for types that are
-        not verified, such as those of remote code.
+        (about two seconds; the checks that every verified type has passed). Needed for types that
+        are not verified, such as those of remote code.
     **options
         Further options of the stages (`StageOptions`), and those of the named reducer.
 
@@ -136,6 +138,9 @@ def patch(
         a reducer that cannot act in the tower.
     UnverifiedModelError
         The model's type is not verified, and `verify` is False or fails.
+    UntestedReleaseError
+        transformers is newer than the tested releases, and a check of the model failed there. The
+        check runs once per model and machine, and takes about two seconds.
     UnsupportedModelError
         No adapter supports the model; the cells of its vision tower are unknown (`tower_ratio`), or
         it takes pictures of one size (`tower_ratio` with a budget); or its attention cannot apply
@@ -162,15 +167,23 @@ def patch(
 def _checked(model: nn.Module, spec: Method) -> Iterator[None]:
     """Verify a tiny copy of a model, and take the model's type as verified in the block."""
     with unverified_accepted():
-        result = verify_model(unwrap(model), lambda tiny, plan: patch(tiny, plan=plan))
-        stages = make_plan(spec, adapter_for(model)).layer_stages
-        if stages and result.status == "entry only":
-            raise PlanError(
-                f"stages at layers {[s.layer for s in stages]}: a tiny model with the config of "
-                f"this one is exact at entry only ({result.reason}). Use a reducer that acts "
-                "there, such as 'condiv', 'divprune' or 'bipartite'."
-            )
+        result = verify_model(unwrap(model), _compress)
+        _check_stages(make_plan(spec, adapter_for(model)), result.status)
         yield
+
+
+def _compress(tiny: nn.Module, plan: Plan) -> Handle:
+    return patch(tiny, plan=plan)
+
+
+def _check_stages(plan: Plan, status: str) -> None:
+    """Refuse stages between layers of a model that has passed the checks at entry only."""
+    if plan.layer_stages and status == "entry only":
+        raise PlanError(
+            f"stages at layers {[s.layer for s in plan.layer_stages]}: a tiny model with the "
+            "config of this one is exact at entry only. Use a reducer that acts there, such as "
+            "'condiv', 'divprune' or 'bipartite'."
+        )
 
 
 def apply(
@@ -183,6 +196,10 @@ def apply(
 ) -> Handle:
     """`patch` with a ready method, under which everything else is as described there."""
     adapter = adapter_for(model)
+    if not accepts_unverified():  # a tiny model that is checked
+        status = verify_release(unwrap(model), _compress)
+        if status == "entry only":
+            _check_stages(make_plan(spec, adapter), status)
     with CallGate.of(adapter.model).change():
         _check_free(adapter)
         check_choice("patch", "positions", positions, ("original", "compact"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 from importlib import resources
@@ -21,6 +22,7 @@ PASSED = ("exact", "entry only")
 STATUSES = (*PASSED, "refused", "unverified")
 # Tested with a real tower instead, which has no method that conformance could replace.
 TESTED = frozenset({"qwen2_audio"})
+ENV_ALLOW = "TOKENCOMP_ALLOW_UNTESTED"
 _accepted = ContextVar("accepted", default=False)
 
 
@@ -41,6 +43,32 @@ def nearest(release: str) -> str:
     """The release, the nearest older one with results, or the oldest with results."""
     older = [r for r in releases() if Version(r) <= Version(release)]
     return older[-1] if older else releases()[0]
+
+
+def newer_release() -> str:
+    """The installed transformers release if it is newer than every one with results, else ""."""
+    import transformers
+
+    installed: str = transformers.__version__
+    return installed if Version(installed) > Version(releases()[-1]) else ""
+
+
+def standing() -> str:
+    """What is known of the installed transformers release, in words."""
+    import transformers
+
+    if not newer_release():
+        tested = transformers.__version__ in releases()
+        words = "tested" if tested else f"as {nearest(transformers.__version__)}, which was tested"
+        return f"transformers {transformers.__version__}: {words}"
+    check = "check skipped" if allows_untested() else "each model is verified here once"
+    newest = releases()[-1]
+    return f"transformers {transformers.__version__}: newer than the tested {newest}, {check}"
+
+
+def allows_untested() -> bool:
+    """Whether the environment allows a newer release without a check of the model."""
+    return os.environ.get(ENV_ALLOW, "").lower() in ("1", "true", "on", "yes")
 
 
 def verified_types() -> frozenset[str]:

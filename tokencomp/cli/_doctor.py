@@ -42,9 +42,11 @@ def _transformers() -> Finding:
     import transformers
     from packaging.version import Version
 
+    from tokencomp.adapters.verified import standing
+
     version = Version(transformers.__version__)
     good = Version(FLOOR) <= version < Version(CEILING)
-    detail = f"{version}; supported: >= {FLOOR}, < {CEILING}"
+    detail = f"{standing().removeprefix('transformers ')}; supported: >= {FLOOR}, < {CEILING}"
     return Finding("transformers", good, detail + ("" if good else ". pip install -U transformers"))
 
 

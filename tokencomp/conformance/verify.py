@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from tokencomp.adapters.structure import find_parts
@@ -52,6 +55,32 @@ def _check_classes(model: type, classes: Classes, copied: Classes) -> None:
             )
 
 
+def key_of(model: Any) -> tuple[Any, ...]:
+    """What the checks of a model depend on: its class, its config, the classes of its modules."""
+    parts = find_parts(model)
+    classes = text_classes(parts.top, parts.decoder)
+    return type(model), str(model.config.to_json_string(use_diff=False)), *classes.items()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Run tiny models on the CPU in float32, and leave the settings of torch as they were.
+
+    They run on one thread: with more, an operation of microseconds waits for threads of a busy
+    machine, which made a check of two seconds last twenty.
+    """
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    cards = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=cards), torch.device("cpu"), torch.inference_mode(False):
+        torch.set_num_threads(1)
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.set_default_dtype(dtype)
+
+
 def verify_model(model: Any, compress: Compress) -> Result:
     """Check that compression is exact on a tiny random model with the config of `model`.
 
@@ -62,20 +91,18 @@ def verify_model(model: Any, compress: Compress) -> Result:
     Raises `UnverifiedModelError` if a check fails, no tiny model can be built, or the model
     generates no text, and `UnsupportedModelError` if its structure is refused.
     """
-    own = type(model)
-    parts = find_parts(model)
-    classes = text_classes(parts.top, parts.decoder)
-    key = own, str(model.config.to_json_string(use_diff=False)), *classes.items()
+    own, key = type(model), key_of(model)
     if key in _passed:
         return _passed[key]
     form = WITHOUT_TEXT.get(model.config.model_type, PLAIN)
-    try:
-        tiny = tiny_model(own, model.config, form)
-    except BuildError as error:
-        result = Result("unverified", f"no tiny model of its config can be built: {error}")
-    else:
-        _check_classes(own, classes, text_classes(tiny.model, tiny.decoder))
-        result = check_model(tiny, compress)
+    with _undisturbed():
+        try:
+            tiny = tiny_model(own, model.config, form)
+        except BuildError as error:
+            result = Result("unverified", f"no tiny model of its config can be built: {error}")
+        else:
+            _check_classes(own, dict(key[2:]), text_classes(tiny.model, tiny.decoder))
+            result = check_model(tiny, compress)
     if result.status == "refused":
         raise UnsupportedModelError(result.reason)
     if result.status == "unverified":
