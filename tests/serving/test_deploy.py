@@ -183,20 +183,25 @@ def test_both_roles_find_each_other() -> None:
         [container_of_pod(pod)["args"] for pod in roles_of_pods()],
     ):
         one, other = ({a for a in words if not a.startswith("--port=")} for words in roles)
-        assert one == other and any(a.startswith("--router=") for a in one)
+        assert one == other
         assert "--kv-transfer-config.kv_connector=NixlConnector" in one
     one, other = ({*services[name]["environment"].values()} for name in ("prefill", "decode"))
     assert one != other  # ports of NIXL, on one address
-    env = services["router"]["environment"]
     for name in ("prefill", "decode"):
         (port,) = [a.partition("=")[2] for a in services[name]["command"] if "--port" in a]
-        assert env[name.upper()] == f"http://127.0.0.1:{port}"
+        assert f"--{name}=http://127.0.0.1:{port}" in services["router"]["command"]
+    for name in ("router", "prefill", "decode"):
+        env = services[name]["environment"]
+        assert {"TOKENCOMP_API_KEY", "TOKENCOMP_ROUTER_KEY"} <= env.keys()
+    for pod in documents("kubernetes.nodes.yaml")[:3]:
+        names = {entry["name"] for entry in container_of_pod(pod)["env"]}
+        assert {"TOKENCOMP_API_KEY", "TOKENCOMP_ROUTER_KEY"} <= names
 
 
 def test_both_files_start_the_same_roles() -> None:
     """Of compose as processes (test_vllm_nixl), so that the commands of the pods are run too."""
     cpu = {"--kv-transfer-config.kv_buffer_device", "--enforce-eager", "--dtype", "--block-size"}
-    cases = {"--model", "--ratio", "--router", "--port", "--host"}  # of one machine or a cluster
+    cases = {"--model", "--ratio", "--port", "--host"}  # of one machine or a cluster
     services = documents("compose.nodes.yaml")[0]["services"]
     for pod in roles_of_pods():
         role = pod["spec"]["template"]["metadata"]["labels"]["role"]
@@ -225,13 +230,10 @@ def test_pods_reach_each_other_through_the_router() -> None:
         assert port["targetPort"] == container["ports"][0]["name"] and port["port"] == 80
     router = container_of_pod(documents("kubernetes.nodes.yaml")[2])
     compose = documents("compose.nodes.yaml")[0]["services"]["router"]
-    assert (router["command"], router["args"]) == (compose["entrypoint"], compose["command"])
-    env = {entry["name"]: entry["value"] for entry in router["env"]}
-    assert env.keys() == compose["environment"].keys()
-    for role in ("prefill", "decode"):
-        assert env[role.upper()] == f"http://tokencomp-{role}"
-    (mount,), (volume,) = router["volumeMounts"], compose["volumes"]
-    assert volume == f"./router.py:{mount['mountPath']}/router.py:ro"
+    assert router["command"] == compose["entrypoint"] == ["tokencomp", "route"]
+    assert {f"--{role}=http://tokencomp-{role}" for role in ("prefill", "decode")} <= {
+        *router["args"]
+    }
     policy = found["NetworkPolicy", "tokencomp-nodes"]
     (rule,) = policy["podSelector"]["matchExpressions"]
     closed = [n for n, p in pods.items() if p["metadata"]["labels"].get("role") in rule["values"]]

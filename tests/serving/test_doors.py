@@ -24,7 +24,7 @@ KEY = ("authorization", "Bearer sécret")
 PREFLIGHT = [("origin", "http://a.example"), ("access-control-request-method", "POST")]
 
 
-@pytest.fixture(params=[doors.hf, doors.vllm], ids=["hf", "vllm"])
+@pytest.fixture(params=[doors.hf, doors.vllm, doors.router], ids=["hf", "vllm", "router"])
 def server(request: pytest.FixtureRequest) -> Any:
     return request.param
 

@@ -44,7 +44,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (tmp_path / "config.json").write_text(json.dumps(config))
         given = {"ratio": 0.5, **options}
         rules = bind or Bind(), limits or Limits()
-        more = given.pop("paths", ()), given.pop("routers", ())
+        more = given.pop("paths", ()), given.pop("router_key", None)
         return launch.vllm_command(str(tmp_path), given, *rules, extra, *more)
 
     return command
@@ -113,15 +113,29 @@ def test_options_travel_in_the_config_of_the_model(start: Any, tmp_path: Path) -
 
 
 def test_roles_and_their_router(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One ratio in all roles; parameters of transfers from named addresses only."""
+    """One ratio in all roles; parameters of transfers with the router's key only."""
     for flag in ("--kv-transfer-config", "--ec_transfer_config={}"):
         with pytest.raises(OptionError, match="--ratio-by-load"):
             start(flag, ratio_by_load="0.75:4096")
-    _, env = start(routers=["10.0.0.7", "fd00::/8"])
-    monkeypatch.setenv("TOKENCOMP_RULES", env["TOKENCOMP_RULES"])
-    assert Rules.from_environment().routers == ("10.0.0.7", "fd00::/8") and Rules().routers == ()
-    with pytest.raises(OptionError, match="--router"):
-        start(routers=["router.example"])
+    _, env = start(router_key="a secret")
+    assert "a secret" not in env["TOKENCOMP_RULES"]
+    for name in ("TOKENCOMP_RULES", "TOKENCOMP_ROUTER_KEY"):
+        monkeypatch.setenv(name, env[name])
+    assert Rules.from_environment().router_key == "a secret" and Rules().router_key is None
+    monkeypatch.setenv("TOKENCOMP_ROUTER_KEY", start()[1]["TOKENCOMP_ROUTER_KEY"])
+    assert Rules.from_environment().router_key is None
+    with pytest.raises(OptionError, match="TOKENCOMP_ROUTER_KEY"):
+        start("--router", "127.0.0.1")
+    with pytest.raises(OptionError, match="every client has"):
+        start(router_key="a secret", bind=Bind(api_key="a secret"))
+
+
+def test_grammars_compile_in_little_time(start: Any) -> None:
+    """By the backend that no short pattern stops, unless the operator names another one."""
+    flag = "--structured-outputs-config.backend"
+    assert values(start()[0], flag) == ["guidance"]
+    assert values(start(flag, "xgrammar")[0], flag) == ["xgrammar"]
+    assert not values(start("--structured_outputs_config", "{}")[0], flag)
 
 
 def test_other_flags_reach_vllm(start: Any, tmp_path: Path) -> None:

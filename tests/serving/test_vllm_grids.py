@@ -18,7 +18,16 @@ import torch
 from support.serving import cases, http
 from support.serving import media as tiny
 from support.serving.processes import Served, started
-from support.serving.transfer import GIVEN, LONGEST, encoded, post, prefilled, question, same
+from support.serving.transfer import (
+    GIVEN,
+    LONGEST,
+    ROUTER,
+    encoded,
+    post,
+    prefilled,
+    question,
+    same,
+)
 
 import tokencomp
 from tokencomp.errors import OptionError
@@ -175,9 +184,9 @@ def roles(folder: Path, root: Path) -> Iterator[tuple[Served, Served, Served]]:
         servers = []
         for name, transfer in flags.items():
             (root / name).mkdir()
-            words = ["--ratio", "0.5", "--merge", "auto", "--router", "127.0.0.1", "--"]
+            words = ["--ratio", "0.5", "--merge", "auto", "--"]
             words += ["--enforce-eager", "--dtype", "float32", "--block-size", "32", *transfer]
-            port = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(http.free_port())}
+            port = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(http.free_port()), **ROUTER}
             servers.append(
                 stack.enter_context(started("vllm", folder, root / name, *words, **port))
             )
@@ -269,7 +278,7 @@ def check_refusals(encoder: Served, prefill: Served, decode: Served) -> None:
             assert status == 400 and "is not in ec_transfer" in answer["error"]["message"], answer
     handed = prefilled(prefill, grid)
     status, _ = post(decode, {**others[0], "kv_transfer_params": handed})
-    assert status == 400
+    assert status == 409
     for name in ("delta", "pixelprune"):
         status, answer = post(prefill, {**grid, "tokencomp": {"reducer": name}})
         assert status == 400 and "by pixels" in answer["error"]["message"]

@@ -7,11 +7,13 @@ import contextlib
 import functools
 import json
 import logging
+import time
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
+import torch
 
 pytest.importorskip("starlette")
 
@@ -23,17 +25,17 @@ from tokencomp.method import Method
 from tokencomp.serving.limits import Limits, RequestError
 from tokencomp.serving.saved import Saved
 from tokencomp.serving.spec import ServerOptions
-from tokencomp.serving.vllm import request_checks, roles
+from tokencomp.serving.vllm import marks, request_checks, roles
 from tokencomp.serving.vllm.middleware import UNREADABLE, VllmGuard
 from tokencomp.serving.vllm.rules import MOST, hand_on, handed
 
 KEY = ("authorization", "Bearer secret")
 
 
-def sent(body: Any, *arguments: Any, **more: Any) -> Any:
+def sent(body: Any, *arguments: Any, headers: Any = (), **more: Any) -> Any:
     """Return what of a body reaches vLLM."""
     app = Vllm()
-    answer = ask(vllm(*arguments, app=app, **more), body)
+    answer = ask(vllm(*arguments, app=app, **more), body, headers=headers)
     assert answer.status == REACHED, answer.content
     return json.loads(app.seen[0])
 
@@ -364,26 +366,31 @@ def test_refusals_of_the_loader_of_videos_keep_their_status() -> None:
 
 # -- roles ----------------------------------------------------------------------------------------
 
-HERE = {"routers": ("127.0.0.0/8",)}
+ROUTER = {"router_key": "a secret"}
+SENT = [("x-tokencomp-router", "a secret")]
 
 
 def test_transfer_parameters_are_for_routers() -> None:
     """They name hosts to which the engine connects; in a wrong form they would end it."""
     asked = {"remote_host": "192.0.2.1", "do_remote_prefill": True}
+    wrong = [("x-tokencomp-router", "another")]
     for name in ("kv_transfer_params", "ec_transfer_params"):
         direct = user("a", **{name: asked})
         assert ask(vllm(), direct).status == 403
-        assert sent(direct, rules=HERE) == direct
-        assert ask(vllm(rules={"routers": ("10.0.0.0/8", "::1")}), direct).status == 403
+        assert ask(vllm(rules=ROUTER), direct).status == 403
+        assert ask(vllm(rules=ROUTER), direct, headers=wrong).status == 403
+        assert ask(vllm(), direct, headers=SENT).status == 403  # a server without a router
+        assert sent(direct, rules=ROUTER, headers=SENT) == direct
         assert sent(user("a", **{name: None}))
         for value in (asked, "text"):  # vLLM reads them here too
             for hidden in (
                 {"vllm_xargs": {name: value}},
                 {"sampling_params": {"extra_args": {name: value}}},
             ):
-                assert ask(vllm(), user("a", **hidden)).status == 403
-                assert ask(vllm(rules=HERE), user("a", **hidden)).status == 400
-        assert ask(vllm(rules=HERE), user("a", **{name: "text"})).status == 400
+                body = user("a", **hidden)
+                assert ask(vllm(), body).status == 403
+                assert ask(vllm(rules=ROUTER), body, headers=SENT).status == 400
+        assert ask(vllm(rules=ROUTER), user("a", **{name: "text"}), headers=SENT).status == 400
 
 
 def test_grids_and_names_of_media_are_for_routers() -> None:
@@ -392,7 +399,7 @@ def test_grids_and_names_of_media_are_for_routers() -> None:
     clip = {"type": "video_embeds", "video_embeds": {"video_grid_thw": [1, 4, 6]}, "uuid": "b"}
     named = {**part(image(1)), "uuid": "c"}
     body = user(grid, clip, named)
-    assert sent(body, rules=HERE) == body
+    assert sent(body, rules=ROUTER, headers=SENT) == body
     for alone in (grid, clip, named, {k: v for k, v in grid.items() if k != "uuid"}):
         assert ask(vllm(), user(alone)).status == 400
     wrong = [
@@ -400,42 +407,120 @@ def test_grids_and_names_of_media_are_for_routers() -> None:
         for value in ("AAAA", {"image_grid_thw": "AAAA"}, {"image_embeds": {}}, [1, 4, 6], None)
     ]
     wrong += [{**grid, **more} for more in (
+        {"image_embeds": {"image_grid_thw": numbers}} for numbers in (
+            [1, -16, -16], [1, 0, 6], [1, 4.0, 6], [1, 4], [True, 4, 6], [1, "4", 6],
+        )
+    )]  # fmt: skip
+    wrong += [{**grid, **more} for more in (
         {"image_url": {"url": "file:///a"}}, {"video_embeds": {"x": "AAAA"}}, {"type": "text"},
     )]  # fmt: skip
     for alone in wrong:
-        assert ask(vllm(rules=HERE), user(alone)).status == 400, alone
+        assert ask(vllm(rules=ROUTER), user(alone), headers=SENT).status == 400, alone
 
 
-def test_a_decode_takes_the_blocks_of_its_own_prompt_only() -> None:
+def signed(prompt: Any, key: str = "a secret", **more: Any) -> dict[str, Any]:
+    """What a prefill hands over for a prompt, as a router gets it."""
+    params = {
+        "do_remote_prefill": True, "remote_num_tokens": 4, "remote_block_ids": ([1, 2],),
+        "remote_host": "192.0.2.1", "remote_port": 5600, **more,
+    }  # fmt: skip
+    mark = marks.mark_of(marks.hash_of(prompt), params, key)
+    passed: dict[str, Any] = json.loads(json.dumps({**params, "tokencomp": mark}))
+    return passed
+
+
+@pytest.fixture
+def fresh(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No parameters were used before."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+
+
+PROMPT = {"prompt_token_ids": [1, 2, 2, 3], "mm_hashes": {"image": ["a", "b"]}}
+
+
+def test_a_decode_takes_the_blocks_of_its_own_prompt_only(fresh: None) -> None:
     """Connectors move blocks by number, whatever the tokens in them."""
-    prompt = {"prompt_token_ids": [1, 2, 2, 3], "mm_hashes": {"image": ["a", "b"]}}
     others = [
-        {**prompt, "prompt_token_ids": [1, 2, 3]},  # another ratio
-        {**prompt, "mm_hashes": {"image": ["a", "c"]}},  # another reducer
-        {**prompt, "mm_hashes": {"image": ["b", "a"]}},
-        {**prompt, "mm_hashes": {"video": ["a", "b"]}},
+        {**PROMPT, "prompt_token_ids": [1, 2, 3]},  # another ratio
+        {**PROMPT, "mm_hashes": {"image": ["a", "c"]}},  # another reducer
+        {**PROMPT, "mm_hashes": {"image": ["b", "a"]}},
+        {**PROMPT, "mm_hashes": {"video": ["a", "b"]}},
+        {"prompt_token_ids": [1, 2, 2, 3]},  # a text
     ]
-    taken = {"do_remote_prefill": True, "remote_num_tokens": 4, "tokencomp": roles.mark_of(prompt)}
-    roles.check_transfer(dict(prompt), taken)
     for params in (None, {}, {"do_remote_decode": True}):
-        roles.check_transfer(prompt, params)
+        marks.check_transfer(PROMPT, params)
     for other in others:
-        with pytest.raises(RequestError, match="4 tokens there"):
-            roles.check_transfer(other, taken)
+        with pytest.raises(RequestError, match="4 tokens there") as caught:
+            marks.check_transfer(other, signed(PROMPT), "a secret")
+        assert caught.value.status == 409  # the decode can answer it alone
     with pytest.raises(RequestError, match="without 'tokencomp'"):
-        roles.check_transfer(prompt, {"do_remote_prefill": True, "remote_num_tokens": 4})
+        marks.check_transfer(PROMPT, {"do_remote_prefill": True, "remote_num_tokens": 4})
     with pytest.raises(RequestError, match="earlier turn"):
-        roles.check_transfer(prompt, {"do_remote_decode": True, "remote_block_ids": [[1]]})
+        marks.check_transfer(PROMPT, {"do_remote_decode": True, "remote_block_ids": [[1]]})
+
+
+def test_parameters_of_a_transfer_are_for_one_use(fresh: None) -> None:
+    """The prefill frees the blocks: a second decode would read those of another prompt."""
+    params = signed(PROMPT)
+    marks.check_transfer(PROMPT, params, "a secret")
+    again = signed(PROMPT, remote_request_id="another")  # a second prefill of the same prompt
+    marks.check_transfer(PROMPT, again, "a secret")
+    with pytest.raises(RequestError, match="used before") as caught:
+        marks.check_transfer(PROMPT, params, "a secret")
+    assert caught.value.status == 409
+
+
+def test_parameters_of_a_transfer_end_with_the_lease(
+    fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, now = signed(PROMPT), time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 31)
+    with pytest.raises(RequestError, match="31 s old"):
+        marks.check_transfer(PROMPT, params, "a secret")
+    config = SimpleNamespace(kv_connector_extra_config={"kv_lease_duration": 60})
+    lease = marks.lease_of(SimpleNamespace(kv_transfer_config=config))
+    marks.check_transfer(PROMPT, params, "a secret", lease)
+
+
+@pytest.mark.parametrize("change", [
+    {"remote_host": None}, {"remote_host": "192.0.2.2"}, {"remote_port": 1}, {"more": 1},
+    {"remote_block_ids": "abc"}, {"remote_block_ids": [[1, 3]]}, {"remote_block_ids": [[1]]},
+    {"remote_num_tokens": 3},
+])  # fmt: skip
+def test_changed_parameters_of_a_transfer_are_refused(fresh: None, change: dict[str, Any]) -> None:
+    """vLLM reads other blocks, or none and counts them as read, or its engine ends."""
+    with pytest.raises(RequestError, match="were changed"):
+        marks.check_transfer(PROMPT, {**signed(PROMPT), **change}, "a secret")
+    later = signed(PROMPT)
+    later["tokencomp"] = str(float(later["tokencomp"][:5]) + 1) + later["tokencomp"][5:]
+    for params in (signed(PROMPT, "another key"), later):
+        with pytest.raises(RequestError, match="were changed"):
+            marks.check_transfer(PROMPT, params, "a secret")
+
+
+def test_a_grid_must_be_that_of_the_encoder() -> None:
+    """With as many rows, positions would be wrong; with others, the engine would end."""
+    consumer = SimpleNamespace(ec_transfer_config=SimpleNamespace(is_ec_consumer=True))
+    for reported, given, taken in (
+        ([1, 16, 22], [1, 16, 22], True), ([1, 16, 22], [1, 22, 16], False),
+        ([1, 16, 22], [1, 32, 32], False), (None, [1, 16, 22], False),
+    ):  # fmt: skip
+        metadata = {} if reported is None else {"metadata": {"image_grid_thw": reported}}
+        item = {"image_grid_thw": SimpleNamespace(data=torch.tensor(given))}
+        prompt = {"mm_hashes": {"image": ["b"]}, "mm_kwargs": {"image": [item]}}
+        sampling = SimpleNamespace(extra_args={"ec_transfer_params": {"b": metadata}})
+        with contextlib.nullcontext() if taken else pytest.raises(RequestError, match="reported"):
+            roles.check_grids(prompt, sampling, consumer)
 
 
 def test_a_grid_needs_rows_that_an_encoder_has_reported() -> None:
     """Without pixels nothing can be encoded, and the engine would end."""
-    grid = {"image_grid_thw": 0, "tokencomp_image": 0}
+    grid = {"image_grid_thw": torch.tensor([1, 4, 6]), "tokencomp_image": 0}
     pixels = {"pixel_values": 0, **grid}
     consumer = SimpleNamespace(ec_transfer_config=SimpleNamespace(is_ec_consumer=True))
     other = SimpleNamespace(ec_transfer_config=None)
     blocks = {"kv_transfer_params": {"do_remote_prefill": True}}
-    rows = {"ec_transfer_params": {"b": {}}}
+    rows = {"ec_transfer_params": {"b": {"metadata": {"image_grid_thw": [1, 4, 6]}}}}
     for items, config, extra, taken in (
         ([pixels, grid], consumer, rows, True), ([grid, pixels], consumer, rows, False),
         ([None, grid], consumer, rows, True), ([None, pixels], other, None, True),
@@ -449,13 +534,13 @@ def test_a_grid_needs_rows_that_an_encoder_has_reported() -> None:
             roles.check_grids(prompt, sampling, config)
 
 
-def test_the_prefill_marks_what_it_hands_over() -> None:
+def test_the_prefill_signs_what_it_hands_over(fresh: None) -> None:
     """Through vLLM's client, as a server calls it."""
     prompt = {
         "prompt_token_ids": [1, 2], "mm_hashes": {"image": ["a"]}, "mm_kwargs": {},
         "tokencomp": Saved("kcenter", {"ratio": 0.75}, {"image": (80, 20)}),
     }  # fmt: skip
-    handed = {"remote_num_tokens": 2}
+    handed = {"do_remote_prefill": True, "remote_num_tokens": 2}
 
     async def generate(prompt: Any, sampling: Any, *_: Any) -> Any:
         yield SimpleNamespace(kv_transfer_params=None)
@@ -476,8 +561,8 @@ def test_the_prefill_marks_what_it_hands_over() -> None:
     state = SimpleNamespace(engine_client=client)
     asyncio.run(guard({"type": "lifespan", "app": SimpleNamespace(state=state)}, None, None))  # type: ignore[arg-type]
     assert ask(guard, user("a")).status == REACHED
-    mark = roles.mark_of(prompt)
-    assert outputs == [None, {**handed, "tokencomp": mark}]
-    for given, status in ((mark, REACHED), ("another", 400)):
-        params[0] = {"do_remote_prefill": True, "tokencomp": given}
+    assert outputs[0] is None and outputs[1].items() >= handed.items()
+    unsigned = {"do_remote_prefill": True, "tokencomp": "a"}
+    for given, status in ((outputs[1], REACHED), (outputs[1], 409), (unsigned, 400)):
+        params[0] = given
         assert ask(guard, user("a")).status == status

@@ -47,6 +47,38 @@ MaxNewTokens = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help='"auto", "cpu", "cuda", "cuda:1", ...')]
 Dtype = Annotated[str, typer.Option("--dtype", help='"auto", float32, bfloat16, float16.')]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key",
+        envvar="TOKENCOMP_API_KEY",
+        help="Bearer token that requests need. On the command line, all users of this machine "
+        "can read it (ps); the environment variable hides it.",
+    ),
+]
+RouterKey = Annotated[
+    str | None,
+    typer.Option(
+        "--router-key",
+        envvar="TOKENCOMP_ROUTER_KEY",
+        help="Secret of router, prefill and decode: with it a router sends kv_transfer_params "
+        "and ec_transfer_params to vLLM. Without it, nobody may. Better in the variable.",
+    ),
+]
+AllowedHost = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allowed-host",
+        help="Name that clients may use for this server, besides localhost and numeric "
+        "addresses; repeatable. By default any, except at 127.0.0.1.",
+    ),
+]
+ShutdownTimeout = Annotated[
+    int,
+    typer.Option(
+        "--shutdown-timeout", min=0, help="Seconds that running requests have after SIGTERM."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 

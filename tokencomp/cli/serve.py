@@ -60,29 +60,9 @@ def command(
             help="Directory that file: URLs may point below.",
         ),
     ] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            "--api-key",
-            envvar="TOKENCOMP_API_KEY",
-            help="Bearer token that requests need. On the command line, all users of this machine "
-            "can read it (ps); the environment variable hides it.",
-        ),
-    ] = None,
-    allowed_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allowed-host",
-            help="Name that clients may use for this server, besides localhost and numeric "
-            "addresses; repeatable. By default any, except at 127.0.0.1.",
-        ),
-    ] = None,
-    shutdown_timeout: Annotated[
-        int,
-        typer.Option(
-            "--shutdown-timeout", min=0, help="Seconds that running requests have after SIGTERM."
-        ),
-    ] = 60,
+    api_key: opt.ApiKey = None,
+    allowed_host: opt.AllowedHost = None,
+    shutdown_timeout: opt.ShutdownTimeout = 60,
     served_name: Annotated[
         str | None, typer.Option("--served-model-name", help="Name that clients use.")
     ] = None,
@@ -108,14 +88,7 @@ def command(
             "end, all below it; repeatable.",
         ),
     ] = None,
-    router: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--router",
-            help="Address or network of routers, which may send kv_transfer_params and "
-            "ec_transfer_params to vLLM; repeatable. By default nobody may.",
-        ),
-    ] = None,
+    router_key: opt.RouterKey = None,
     frames: Annotated[
         str,
         typer.Option(
@@ -196,11 +169,11 @@ def command(
             extra += ["--max-model-len", str(max_model_len)]
         if source.dtype != "auto":
             extra += ["--dtype", source.dtype]
-        paths, routers = allow_path or (), router or ()
-        run_vllm(*vllm_command(folder, options, bind, limits, extra, paths, routers), bind)
+        paths = allow_path or ()
+        run_vllm(*vllm_command(folder, options, bind, limits, extra, paths, router_key), bind)
         return
     opt.refuse_options(context, ("allow_path",), f"--engine {engine}", "it has no further paths")
-    opt.refuse_options(context, ("router",), f"--engine {engine}", "it has no roles")
+    opt.refuse_options(context, ("router_key",), f"--engine {engine}", "it has no roles")
     if engine != "hf":
         start = " SGLang is started differently: docs/engines.md." if engine == "sglang" else ""
         raise OptionError(f"--engine {engine!r}: use 'hf', 'vllm' or 'mlx'.{start}")

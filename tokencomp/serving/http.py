@@ -86,6 +86,7 @@ class Exchange:
     `status` is 0 before the answer starts; `headers` are further ones of the answer. `ends` has
     what happens after the answer. `by_load` says that the load chooses the ratio of the request.
     For the log, `details` say what was done, `refusal` why not, `failed` that nobody has answered.
+    `error` is a refusal of tokencomp inside of vLLM.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,6 +94,7 @@ class Exchange:
         self.status, self.complete, self.body_read, self.failed = 0, False, False, False
         self.details: Any = None
         self.refusal = ""
+        self.error: RequestError | None = None
         self.by_load, self.ends = False, contextlib.ExitStack()
         self._started = time.monotonic()
         # An id of a client is taken only in this form: it is written to logs and headers.

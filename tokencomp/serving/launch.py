@@ -25,13 +25,14 @@ from tokencomp.serving.limits import Limits
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import LOADER
 from tokencomp.serving.vllm.process import ENV_METRICS, ENV_OWNER, METRICS
-from tokencomp.serving.vllm.roles import ROLE_FLAGS, router_networks
+from tokencomp.serving.vllm.roles import ENV_ROUTER_KEY, ROLE_FLAGS
 from tokencomp.serving.vllm.rules import Rules
 
 logger = logging.getLogger("tokencomp.serving")
 OVERRIDES = "--hf-overrides"
 OWN = ("--host", "--api-key", "--allowed-local-media-path")
 """Flags that tokencomp must read itself, because its rules follow from them."""
+GRAMMARS = "--structured-outputs-config"
 SERVERS = ("--grpc", "--grpc-port")
 """Flags of further servers of vLLM, whose requests do not pass its middleware."""
 
@@ -45,13 +46,13 @@ def vllm_command(
     limits: Limits,
     extra: Sequence[str],
     paths: Sequence[str] = (),
-    routers: Sequence[str] = (),
+    router_key: str | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """Return command line and environment of `vllm serve` with the plugin.
 
     The arguments are those of `run_hf`; `extra` are further ones for `vllm serve`, `paths` further
-    paths that answer, and `routers` addresses that may send transfer parameters. Raises a
-    `TokenCompError` if vLLM is missing or cannot serve this.
+    paths that answer, and `router_key` the secret with which a router sends transfer parameters.
+    Raises a `TokenCompError` if vLLM is missing or cannot serve this.
     """
     if importlib.util.find_spec("vllm") is None:
         raise MissingDependencyError(
@@ -78,7 +79,11 @@ def vllm_command(
             f"--ratio-by-load with {' or '.join(ROLE_FLAGS)}: every role would choose by another "
             "load, and an item must have one ratio in all of them. Leave it out."
         )
-    router_networks(routers)
+    if router_key and router_key == bind.api_key:
+        raise OptionError(
+            f"{ENV_ROUTER_KEY} is also the API key, which every client has: each could then send "
+            "transfer parameters. Choose another value (openssl rand -hex 32)."
+        )
     if check_architecture(model, parsed):
         options = {**options, "merge": False}
     command = [*_entry(model), "--host", bind.host, "--port", str(bind.port)]
@@ -94,15 +99,14 @@ def vllm_command(
     env = {
         **os.environ,
         ENV_OPTIONS: json.dumps(options),  # for the middleware
-        ENV_RULES: Rules(
-            bind, limits, remote, trusts_kwargs, ours, tuple(paths), tuple(routers)
-        ).as_json(),
+        ENV_RULES: Rules(bind, limits, remote, trusts_kwargs, ours, tuple(paths)).as_json(),
         "TOKENCOMP_VLLM": "on",
     }
     if "VLLM_PLUGINS" in env:  # else all; without ours, vLLM would answer uncompressed
         env["VLLM_PLUGINS"] += ",tokencomp"
     if bind.api_key:
         env["VLLM_API_KEY"] = bind.api_key  # a command line would show it to all users
+    env[ENV_ROUTER_KEY] = router_key or ""
     if parsed.per_request and not trusts_kwargs:
         # Only with this flag does vLLM pass processor options of a request on, but then it passes
         # on all of them. `only_own` and the middleware refuse every option except ours.
@@ -116,6 +120,10 @@ def vllm_command(
         command += ["--shutdown-timeout", str(bind.shutdown_timeout)]
     if not sets(flags, "--max-num-queued-reqs"):  # by default vLLM queues without limit
         command += ["--max-num-queued-reqs", str(MAX_REQUESTS)]
+    if not sets(flags, GRAMMARS):
+        # The default backend compiles a pattern of a hundred characters for minutes, in which the
+        # engine answers nobody. This one compiles while it generates.
+        command += [f"{GRAMMARS}.backend", "guidance"]
     if ENV_METRICS not in env:
         # In this mode of Prometheus, the reduction times of the workers reach /metrics.
         env[ENV_METRICS] = tempfile.mkdtemp(prefix=METRICS)
@@ -195,6 +203,11 @@ def check_flags(flags: Sequence[str]) -> None:
         if sets(flags, flag):
             own = flag.replace("local-", "")
             raise OptionError(f"{flag} after `--`: put {own} before it, where tokencomp sees it.")
+    if "--router" in flags:
+        raise OptionError(
+            "--router: an address gave the rights of a router to all of its clients. Set "
+            f"{ENV_ROUTER_KEY} of router, prefill and decode to one secret (docs/nodes.md)."
+        )
     for flag in SERVERS:
         if sets(flags, flag):
             raise OptionError(

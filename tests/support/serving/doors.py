@@ -6,10 +6,12 @@ import asyncio
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
+
+import httpx
 
 from support.serving.prompts import ANY_TEXT
 from tokencomp.serving import ENV_OPTIONS, ENV_RULES
@@ -17,8 +19,10 @@ from tokencomp.serving.bind import Bind
 from tokencomp.serving.hf.app import build_app
 from tokencomp.serving.hf.metrics import Metrics
 from tokencomp.serving.limits import Limits, RequestError
+from tokencomp.serving.router import Router
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.middleware import VllmGuard
+from tokencomp.serving.vllm.roles import ENV_ROUTER_KEY
 from tokencomp.serving.vllm.rules import Rules
 
 CHAT = "/v1/chat/completions"
@@ -64,6 +68,14 @@ class Vllm:
         await send({"type": "http.response.body", "body": b""})
 
 
+class Healthy(Vllm):
+    """The same, for a router that asks for its health."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.status = 200 if scope["path"] == "/health" else REACHED
+        await super().__call__(scope, receive, send)
+
+
 def vllm(
     limits: Limits | None = None, options: Any = None, app: Any = None, rules: Any = (), **bind: Any
 ) -> VllmGuard:
@@ -73,8 +85,25 @@ def vllm(
     env = {ENV_RULES: written, ENV_OPTIONS: json.dumps({"ratio": 0.5} | (options or {}))}
     if address.api_key:
         env["VLLM_API_KEY"] = address.api_key
+    env[ENV_ROUTER_KEY] = dict(rules).get("router_key", "")
     with mock.patch.dict(os.environ, env):
         return VllmGuard(app or Vllm())
+
+
+ROUTER_KEY = "the router's"
+
+
+def router(limits: Limits | None = None, options: Any = None, **bind: Any) -> Router:
+    """Return a router before that middleware, as prefill and decode."""
+    usual = Limits()  # the router adds fields to a body
+    inside = replace(limits or usual, max_body=usual.max_body, max_bodies=usual.max_bodies)
+    node = vllm(
+        inside, options, Healthy(), rules={"router_key": ROUTER_KEY}, api_key=bind.get("api_key")
+    )
+    address = Bind(**{"host": "", **bind})
+    result = Router(["http://prefill"], ["http://decode"], ROUTER_KEY, address, limits)
+    result.client = httpx.AsyncClient(transport=httpx.ASGITransport(node))
+    return result
 
 
 @dataclass

@@ -44,6 +44,8 @@ class Served:
     folder: Path
     root: Path
     key: str
+    routed: bool = False
+    """Whether the test sends requests as a router."""
 
     @property
     def metrics(self) -> dict[str, str]:
@@ -99,7 +101,7 @@ def started(engine: str, folder: Path, root: Path, *arguments: Any, **env: str) 
     split = [] if "--" in arguments else ARGUMENTS[engine]
     env = {"OMP_NUM_THREADS": "1", **env}
     with http.process(root / "log", *words, *split, **env) as (url, process):
-        yield Served(engine, url, process, folder, root, key)
+        yield Served(engine, url, process, folder, root, key, "TOKENCOMP_ROUTER_KEY" in env)
 
 
 def session(leader: int) -> list[Path]:

@@ -15,11 +15,15 @@ from support.serving.processes import Served
 CHAT = "/v1/chat/completions"
 GIVEN: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
 LONGEST = 8
+ROUTER_KEY = "the router's"
+ROUTER = {"TOKENCOMP_ROUTER_KEY": ROUTER_KEY}
 
 
 def post(server: Served, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     """Return status and JSON of an answer."""
     head = {"Content-Type": "application/json", "Authorization": f"Bearer {server.key}"}
+    if server.routed:
+        head["X-TokenComp-Router"] = ROUTER_KEY
     request = urllib.request.Request(server.url + CHAT, json.dumps(body).encode(), head)
     try:
         with urllib.request.urlopen(request, timeout=120) as answer:

@@ -16,11 +16,12 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 from anyio import to_thread
 from PIL.Image import DecompressionBombError
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -40,7 +41,7 @@ from tokencomp.serving.load import Load
 from tokencomp.serving.room import MediaRoom
 from tokencomp.serving.saved import Saved, process_metrics
 from tokencomp.serving.spec import ServerOptions
-from tokencomp.serving.vllm import process, roles
+from tokencomp.serving.vllm import marks, process, roles
 from tokencomp.serving.vllm.request_checks import check_body
 from tokencomp.serving.vllm.rules import Rules, hand_on
 
@@ -64,7 +65,6 @@ class VllmGuard(Guard):
         self.options = ServerOptions.parse(os.environ.get(ENV_OPTIONS))
         self.load = Load(self.options.ratio_by_load)
         self.bodies, self.room = Bodies(self.rules.limits), MediaRoom()
-        self.routers = roles.router_networks(self.rules.routers)
 
     async def other(self, scope: Scope, receive: Receive, send: Send) -> None:
         # No path of the server is one, and a handshake would pass the checks of requests.
@@ -106,31 +106,46 @@ class VllmGuard(Guard):
             return stop(*args, **kwargs)
 
         def noting(prompt: Any, sampling: Any, *args: Any, **kwargs: Any) -> Any:
-            saved = prompt.pop(KEY, None) if isinstance(prompt, dict) else None
             exchange = EXCHANGE.get(None)
-            if saved is None or exchange is None:
+            if exchange is None or not isinstance(prompt, dict):
                 return generate(prompt, sampling, *args, **kwargs)
-            config = getattr(client, "vllm_config", None)
-            transfer = roles.transfer_params(sampling, roles.KV_PARAMS)
-            try:
-                roles.check_transfer(prompt, transfer)
-                roles.check_grids(prompt, sampling, config)
-            except RequestError as error:  # to which vLLM answers
-                exchange.refusal = str(error)
-                roles.forget(client, prompt)
-                raise
-            mark = roles.mark_of(prompt) if transfer is not None else ""
-            role = roles.role_of(config, transfer)
-            self.metrics.count(saved, role)
-            exchange.details = saved
-            self.room.leave(exchange)
-            begun = self.room.hold(media_bytes(prompt.get("mm_kwargs")))
-            exchange.ends.callback(begun)
-            if exchange.by_load:
-                exchange.ends.callback(self.load.join(exchange.client, saved.before))
-            return _outputs(generate(prompt, sampling, *args, **kwargs), begun, mark)
+            saved = prompt.pop(KEY, None)
+            sign = self._transferred(client, exchange, prompt, sampling)
+            begun = self._note(client, exchange, prompt, sampling, saved)
+            return _outputs(generate(prompt, sampling, *args, **kwargs), begun, sign)
 
         client.shutdown, client.generate = shutdown, noting
+
+    def _transferred(
+        self, client: Any, exchange: Exchange, prompt: dict[str, Any], sampling: Any
+    ) -> Callable[[Mapping[str, Any]], str] | None:
+        """Check what other roles have handed over; return what signs what this one hands over."""
+        config, key = getattr(client, "vllm_config", None), self.rules.router_key
+        transfer = roles.transfer_params(sampling, roles.KV_PARAMS)
+        try:
+            marks.check_transfer(prompt, transfer, key, marks.lease_of(config))
+            roles.check_grids(prompt, sampling, config)
+        except RequestError as error:  # to which vLLM answers 400, and `answer` the status of ours
+            exchange.refusal, exchange.error = str(error), error
+            roles.forget(client, prompt)
+            raise
+        return None if transfer is None else partial(marks.mark_of, marks.hash_of(prompt), key=key)
+
+    def _note(
+        self, client: Any, exchange: Exchange, prompt: dict[str, Any], sampling: Any, saved: Any
+    ) -> Callable[[], None]:
+        """Count what a prompt saved; return what to call at the first output of the engine."""
+        if saved is None:
+            return lambda: None
+        transfer = roles.transfer_params(sampling, roles.KV_PARAMS)
+        self.metrics.count(saved, roles.role_of(getattr(client, "vllm_config", None), transfer))
+        exchange.details = saved
+        self.room.leave(exchange)
+        begun = self.room.hold(media_bytes(prompt.get("mm_kwargs")))
+        exchange.ends.callback(begun)
+        if exchange.by_load:
+            exchange.ends.callback(self.load.join(exchange.client, saved.before))
+        return begun
 
     def _check_running(self, exchange: Exchange) -> None:
         """Refuse a request while the server shuts down, unless it asks for metrics."""
@@ -166,14 +181,19 @@ class VllmGuard(Guard):
             exchange.details, reply = Saved(), _SendSaved(exchange)
         failed = False
 
-        # A 500 during the shutdown becomes a 503, after which clients ask another server.
+        # vLLM answers 500 during the shutdown, and 400 to every error of ours: other statuses of
+        # ours replace them, after which a client asks another server, or a router another role.
         async def send(message: Message) -> None:
             nonlocal failed
-            failed = failed or (message.get("status") == 500 and self.draining)
+            status = message.get("status")
+            failed = failed or (status == 500 and self.draining)
+            failed = failed or (status == 400 and exchange.error is not None)
             if not failed:
                 await reply(message)
 
         await self.app(scope, receive, send)
+        if exchange.error is not None and failed:
+            raise exchange.error
         if failed:  # vLLM was reading the prompt when the server began to shut down
             self._check_running(exchange)
 
@@ -186,9 +206,10 @@ class VllmGuard(Guard):
             if not (chat or content):
                 return _receiving(b"", exchange)
             ratio = self.load.ratio(exchange.client)
+            headers = Headers(scope=exchange.scope)
             checked = await to_thread.run_sync(
                 check_body, content, self.rules, self.options, ratio, chat,
-                roles.is_router(exchange.scope, self.routers), limiter=self.bodies.reading,
+                roles.is_router(headers, self.rules.router_key), limiter=self.bodies.reading,
             )  # fmt: skip
             exchange.by_load = checked.by_load
             if checked.method is not None:
@@ -231,13 +252,16 @@ def _receiving(body: bytes, exchange: Exchange) -> Receive:
     return receive
 
 
-async def _outputs(outputs: Any, begun: Callable[[], None], mark: str) -> AsyncGenerator[Any]:
-    """Yield the outputs of the engine; call `begun` at the first, and mark what a decode gets."""
+async def _outputs(
+    outputs: Any, begun: Callable[[], None], sign: Callable[[Mapping[str, Any]], str] | None
+) -> AsyncGenerator[Any]:
+    """Yield the outputs of the engine; call `begun` at the first, and sign what a decode gets."""
     async with contextlib.aclosing(outputs):
         async for output in outputs:
             begun()
-            if mark and output.kv_transfer_params:
-                output.kv_transfer_params = {**output.kv_transfer_params, KEY: mark}
+            if sign and output.kv_transfer_params:
+                params = output.kv_transfer_params
+                output.kv_transfer_params = {**params, KEY: sign(params)}
             yield output
 
 

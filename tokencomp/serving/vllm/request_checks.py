@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_core import to_json
 
 from tokencomp.method import Method
@@ -72,13 +72,24 @@ class Grid(AnyPart):
 
         {"type": "image_embeds", "image_embeds": {"image_grid_thw": [1, 16, 22]}, "uuid": "..."}
 
-    It has lists alone, whose numbers vLLM checks; it reads tensors from texts.
+    It has lists alone, as vLLM reads tensors from texts. `roles.check_grids` compares the numbers
+    with those of the encoder; vLLM itself ends on negative ones.
     """
 
     type: Literal["image_embeds", "video_embeds"]
     image_embeds: dict[str, list[Any]] | None = None
     video_embeds: dict[str, list[Any]] | None = None
     uuid: str | None = None
+
+    @field_validator("image_embeds", "video_embeds")
+    @classmethod
+    def _of_natural_numbers(cls, value: dict[str, list[Any]] | None) -> dict[str, list[Any]] | None:
+        for name, numbers in (value or {}).items():
+            if name.endswith("_grid_thw") and not (
+                len(numbers) == 3 and all(type(n) is int and n > 0 for n in numbers)
+            ):
+                raise ValueError(f"{name} needs three numbers from 1 on")
+        return value
 
 
 class RouterMessage(VllmMessage):

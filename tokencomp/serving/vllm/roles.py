@@ -6,9 +6,8 @@
 
 The router copies `kv_transfer_params` from the answer of the prefill into the request to the
 decode. Some connectors find blocks by these numbers alone. A prefill and a decode with different
-ratios, reducers or prompts would then answer wrongly, or the engine would end. Therefore the front
-end of the prefill adds a mark to `kv_transfer_params`, a hash of the prompt and of its media, and
-the front end of the decode refuses another mark.
+ratios, reducers or prompts would then answer wrongly, and so would a decode that reads blocks which
+the prefill has given to another prompt meanwhile. Therefore `marks` signs these parameters.
 
 A router may replace the pixels of an item by the grid that the encoder has reported in its
 `ec_transfer_params`, by media hash. A prefill or decode with other options has another hash, under
@@ -18,47 +17,36 @@ among those of the encoder, and so does an engine that gets no rows of encoders.
 
 from __future__ import annotations
 
-import hashlib
-import ipaddress
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import hmac
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tokencomp.errors import OptionError
-from tokencomp.serving import KEY
+from starlette.datastructures import Headers
+from torch import Tensor
+
 from tokencomp.serving.limits import RequestError
 
 KV_PARAMS, EC_PARAMS = "kv_transfer_params", "ec_transfer_params"
 ALL, ENCODE, PREFILL, DECODE = "all", "encode", "prefill", "decode"
 ROLE_FLAGS = ("--kv-transfer-config", "--ec-transfer-config")
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+ENV_ROUTER_KEY, ROUTER_HEADER = "TOKENCOMP_ROUTER_KEY", "x-tokencomp-router"
 
 
 # -- who may send transfer parameters --------------------------------------------------------------
 
 
-def router_networks(routers: Sequence[str]) -> tuple[Network, ...]:
-    """The networks of `--router`; raises `OptionError` for what is no address."""
-    networks = []
-    for text in routers:
-        try:
-            networks.append(ipaddress.ip_network(text))
-        except ValueError:
-            raise OptionError(
-                f"--router {text!r}: expected an address or a network, such as 10.0.0.7 or "
-                "10.1.0.0/16."
-            ) from None
-    return tuple(networks)
-
-
-def is_router(scope: Any, networks: Sequence[Network]) -> bool:
-    """Whether a request comes from an address of `--router`."""
-    try:
-        address = ipaddress.ip_address(str((scope.get("client") or ("",))[0]))
-    except ValueError:  # a socket file
+def is_router(headers: Headers, key: str | None) -> bool:
+    """Whether a request has the key of a router; raises `RequestError` (403) for a wrong key."""
+    sent = headers.get(ROUTER_HEADER)
+    if sent is None:
         return False
-    return any(address in network for network in networks)
+    if key is None or not hmac.compare_digest(sent.encode("latin-1", "replace"), key.encode()):
+        raise RequestError(
+            f"{ROUTER_HEADER}: not the key of a router of this server. Set {ENV_ROUTER_KEY} to one "
+            "value for the router, prefill and decode.",
+            403,
+        )
+    return True
 
 
 def check_sender(fields: Mapping[str, Any], router: bool) -> None:
@@ -68,8 +56,8 @@ def check_sender(fields: Mapping[str, Any], router: bool) -> None:
             continue
         if not router:
             raise RequestError(
-                f"{name}: only a router may send it. Leave it out, or ask the operator to name "
-                "this address with --router.",
+                f"{name}: only a router may send it, with the key of {ENV_ROUTER_KEY} in the "
+                f"header {ROUTER_HEADER}. Leave it out.",
                 403,
             )
         if not direct or not isinstance(value, dict):
@@ -109,18 +97,9 @@ def role_of(config: Any, params: Any) -> str:
     return DECODE if asked.get("do_remote_prefill") or kind == "kv_consumer" else ALL
 
 
-# -- prefill and decode ----------------------------------------------------------------------------
-
-
 def transfer_params(sampling: Any, name: str) -> Any:
     """The transfer parameters in the sampling parameters of a request, or None."""
     return (getattr(sampling, "extra_args", None) or {}).get(name)
-
-
-def mark_of(prompt: Mapping[str, Any]) -> str:
-    """Hash of token ids and of media hashes, which contain options and release of tokencomp."""
-    content = [sorted(prompt["mm_hashes"].items()), list(prompt["prompt_token_ids"])]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def forget(client: Any, prompt: Mapping[str, Any]) -> None:
@@ -132,37 +111,10 @@ def forget(client: Any, prompt: Mapping[str, Any]) -> None:
     cache = getattr(getattr(client, "renderer", None), "mm_processor_cache", None)
     if cache is None:
         return
-    for modality, items in prompt["mm_kwargs"].items():
+    for modality, items in (prompt.get("mm_kwargs") or {}).items():
         for key, item in zip(prompt["mm_hashes"][modality], items, strict=True):
             if item is not None:  # else the engine has it
                 cache.invalidate(key)
-
-
-def check_transfer(prompt: Mapping[str, Any], params: Any) -> None:
-    """Compare the prompt of a decode with the prefill's; raises `RequestError` (400)."""
-    if not isinstance(params, dict):
-        return
-    if params.get("do_remote_decode") and params.get("remote_block_ids"):
-        raise RequestError(
-            "remote_block_ids with do_remote_decode: blocks of an earlier turn on the decode "
-            "cannot be checked. Leave them out; the prefill holds such blocks in its prefix cache."
-        )
-    if not params.get("do_remote_prefill"):
-        return
-    given, count = params.get(KEY), len(prompt["prompt_token_ids"])
-    if given is None:
-        raise RequestError(
-            f"{KV_PARAMS} of a prefill without {KEY!r}, which says what the prefill has kept. "
-            "Start the prefill with `tokencomp serve --engine vllm`, and let the router pass the "
-            "whole object."
-        )
-    if given != mark_of(prompt):
-        raise RequestError(
-            f"prefill and decode differ in this prompt: {params.get('remote_num_tokens')} tokens "
-            f"there, {count} here, or other media, options or releases. Give both roles the same "
-            "model name, --ratio, --reducer, --merge and release of tokencomp, or name the options "
-            "in the request."
-        )
 
 
 # -- media without pixels --------------------------------------------------------------------------
@@ -178,7 +130,9 @@ def check_grids(prompt: Mapping[str, Any], sampling: Any, config: Any) -> None:
     stored = (transfer_params(sampling, EC_PARAMS) or {}) if consumes else {}
     for modality, items in (prompt.get("mm_kwargs") or {}).items():
         for key, item in zip(prompt["mm_hashes"][modality], items, strict=True):
-            if item is not None and not _has_pixels(item) and key not in stored:
+            if item is None or _has_pixels(item):
+                continue
+            if key not in stored:
                 raise RequestError(
                     f"a grid of modality {modality} without pixels, whose media hash {key[:16]} "
                     f"is not in {EC_PARAMS} of an encoder. Give all roles the same model name, "
@@ -186,6 +140,20 @@ def check_grids(prompt: Mapping[str, Any], sampling: Any, config: Any) -> None:
                     f"the request; send the whole {EC_PARAMS} of the encoder, and start prefill "
                     "and decode as its consumers (--ec-transfer-config)."
                 )
+            _check_grid(modality, item, stored[key])
+
+
+def _check_grid(modality: str, item: Mapping[str, Any], entry: Any) -> None:
+    """Compare the grid of an item with the encoder's; another one has as many rows at most."""
+    reported = entry.get("metadata") if isinstance(entry, Mapping) else None
+    name = f"{modality}_grid_thw"
+    given = getattr(item.get(name), "data", item.get(name))
+    grid = [int(number) for number in given.flatten()] if isinstance(given, Tensor) else None
+    if not isinstance(reported, Mapping) or reported.get(name) != grid:
+        raise RequestError(
+            f"{name} {grid}: the encoder has reported {(reported or {}).get(name)} in {EC_PARAMS}. "
+            f"Send the grid and the whole {EC_PARAMS} of the encoder."
+        )
 
 
 def _has_pixels(item: Mapping[str, Any]) -> bool:

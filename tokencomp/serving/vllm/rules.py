@@ -17,6 +17,7 @@ from tokencomp.method import Method
 from tokencomp.serving import ENV_RULES
 from tokencomp.serving.bind import Bind
 from tokencomp.serving.limits import Limits
+from tokencomp.serving.vllm.roles import ENV_ROUTER_KEY
 
 MOST = 4096  # methods, more than requests that run or wait
 _methods: dict[str, Method] = {}
@@ -29,8 +30,8 @@ class Rules:
     `remote_media`: vLLM may fetch media, which nobody checks. `media_options`: requests may set
     all of `media_io_kwargs`, with which a client can make vLLM decode every frame of a video.
     `chosen_frames`: vLLM loads videos with `frames.ChosenFrames`. `paths`: further paths of vLLM
-    that answer; one that ends with "/" includes all below it. `routers`: addresses and networks
-    that may send transfer parameters (`roles`).
+    that answer; one that ends with "/" includes all below it. `router_key`: what a router sends
+    with transfer parameters (`roles`); None: nobody may send them.
     """
 
     bind: Bind = field(default_factory=lambda: Bind(host=""))
@@ -39,17 +40,19 @@ class Rules:
     media_options: bool = False
     chosen_frames: bool = True
     paths: tuple[str, ...] = ()
-    routers: tuple[str, ...] = ()
+    router_key: str | None = None
 
     def as_json(self) -> str:
-        """The value of the environment variable, without the key, which vLLM has too."""
-        return JSON.dump_json(replace(self, bind=replace(self.bind, api_key=None))).decode()
+        """The value of the environment variable, without the keys, which have variables too."""
+        open_ = replace(self, bind=replace(self.bind, api_key=None), router_key=None)
+        return JSON.dump_json(open_).decode()
 
     @classmethod
     def from_environment(cls) -> Rules:
         """The rules of this process; without the variable, the strictest for any host."""
         rules = JSON.validate_json(os.environ.get(ENV_RULES) or "{}")
-        return replace(rules, bind=replace(rules.bind, api_key=os.environ.get("VLLM_API_KEY")))
+        bind = replace(rules.bind, api_key=os.environ.get("VLLM_API_KEY"))
+        return replace(rules, bind=bind, router_key=os.environ.get(ENV_ROUTER_KEY) or None)
 
 
 JSON = TypeAdapter(Rules)
