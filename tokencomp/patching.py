@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from tokencomp.adapters.base import Adapter
@@ -22,6 +23,7 @@ from tokencomp.engine.call import CallHooks
 from tokencomp.engine.hooks import CallGate, Hooks
 from tokencomp.errors import AlreadyCompressedError, OptionError, PlanError
 from tokencomp.handle import Handle, handle_of, make_plan
+from tokencomp.kernels import prepare
 from tokencomp.method import Method, usual_ratio
 from tokencomp.plan.options import Merging, one_amount
 from tokencomp.plan.plan import Plan
@@ -210,7 +212,11 @@ def apply(
                 "'original'."
             )
         compact = positions == "compact"
-        hooks = Hooks(adapter, make_plan(spec, adapter), strict, compact)
+        plan = make_plan(spec, adapter)
+        if plan.active:  # before a CUDA graph is captured, or a server listens
+            weights = next(adapter.decoder.parameters())
+            prepare(weights.device, weights.dtype, torch.float32)
+        hooks = Hooks(adapter, plan, strict, compact)
         earlier, context = handle_of(adapter.model), None
         if earlier is not None:
             earlier.suspend()  # before its window is replaced, so that it can restore that window

@@ -165,7 +165,12 @@ def parts(model: str | None, folder: Path) -> tuple[Part, ...]:
         (*clients, *few, "--clients", "1", "2", "--rounds", "1"),
     )  # fmt: skip
     tests = (*PYTHON, "pytest", "-m", "gpu", "-n", "0")
+    doctor = (*PYTHON, "tokencomp", "doctor", "--json")
     return (
+        Part(
+            "card", "Which kernels equal plain PyTorch on this card?", 4,
+            (*doctor, "--device", "cuda"), doctor,
+        ),
         Part(
             "tests", "Are the kernels right, and is dropping exact, on this card?", 8,
             (*tests, "tests/kernels", "tests/exactness"),

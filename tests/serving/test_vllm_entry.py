@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import make_dataclass
+from dataclasses import make_dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -129,3 +129,34 @@ def test_vllm_sees_the_same_abilities_as_of_its_own_class() -> None:
         ours, own = registered.load_model_cls(), stock.load_model_cls()
         assert ours is not own
         assert _ModelInfo.from_model_cls(ours) == _ModelInfo.from_model_cls(own)
+
+
+def renamed(stock: type) -> type:
+    """A class of vLLM in whose release a method has another name."""
+    return type(stock.__name__, (stock,), {"_get_mm_hashes": None, "embed_multimodal": None})
+
+
+def reordered(stock: type) -> type:
+    """A class of vLLM in whose release methods have other parameters."""
+
+    def other(self: Any, everything: Any) -> Any: ...
+
+    return type(stock.__name__, (stock,), {"_get_mm_hashes": other, "embed_input_ids": other})
+
+
+@pytest.mark.parametrize("change", [renamed, reordered])
+@pytest.mark.parametrize("kind", ["Model", "Processor"])
+def test_a_release_with_other_methods_is_refused(
+    change: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a release would never call ours, and would answer with all image tokens."""
+    register()
+    stock = STOCK[ARCHITECTURE].load_model_cls()
+    factory = stock._processor_factory
+    members = {"_processor_factory": replace(factory, processor=change(factory.processor))}
+    model = type(stock.__name__, (change(stock),), members)
+    monkeypatch.setitem(STOCK, ARCHITECTURE, SimpleNamespace(load_model_cls=lambda: model))
+    entry.compressing.cache_clear()
+    with pytest.raises(UnsupportedModelError, match=r"_get_mm_hashes|embed_multimodal|embed_input"):
+        entry.compressing(ARCHITECTURE, kind)
+    entry.compressing.cache_clear()

@@ -84,9 +84,9 @@ def test_wrong_and_untested_settings_are_refused(
 
 
 def test_other_engines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for version in ("0.32.4", "0.33.0", "0.31.2", "0.34.0", "1.0", "0.320.0"):
+    for version in ("0.32.4", "0.33.0", "0.34.1", "0.31.2", "0.35.0", "1.0", "0.320.0"):
         monkeypatch.setattr(vllm, "__version__", version)
-        if version in ("0.32.4", "0.33.0"):
+        if version in ("0.32.4", "0.33.0", "0.34.1"):
             entry.check_version()
             continue
         with pytest.raises(UnsupportedModelError, match=version):

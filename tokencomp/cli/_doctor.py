@@ -29,6 +29,7 @@ def environment_checks() -> list[Finding]:
     return [
         _transformers(),
         _kernels(),
+        *_ops(),
         _gpu(),
         _video(),
         _optional("eval", "lmms_eval", "tokencomp eval --tasks (not --data FILE)"),
@@ -64,6 +65,31 @@ def _kernels() -> Finding:
         return Finding("kernels", True, f"Triton {state['triton']} on {state['device']} ({mode})")
     why = "no CUDA device" if state["device"] == "cpu" else state["problem"] or "as requested"
     return Finding("kernels", True, f"plain PyTorch ({why}; {mode})")
+
+
+def _ops() -> list[Finding]:
+    """The self-test of the card, anew, for the dtypes of models: a row per op and dtype."""
+    import torch
+
+    from tokencomp.kernels import KernelError, status
+    from tokencomp.kernels.selftest import TESTED, verdicts
+
+    try:
+        state = status()
+    except KernelError:
+        return []
+    if state["backend"] != "triton":
+        return []
+    device = torch.device("cuda", torch.cuda.current_device())
+    rows = []
+    for dtype in TESTED:
+        for verdict in verdicts(device, dtype, fresh=True):
+            largest = verdict.difference
+            equal = "equal" if not largest else f"largest difference {largest:.1e}"
+            form = f"Triton, {equal}" if verdict.passed else f"plain PyTorch: {verdict.why}"
+            name = f"{verdict.op}, {str(dtype).removeprefix('torch.')}"
+            rows.append(Finding(name, True if verdict.passed else None, form))
+    return rows
 
 
 def _gpu() -> Finding:

@@ -24,7 +24,7 @@ if not (Path(__file__).parent / "topk_stable").exists() and (_OPS / "topk_stable
 from tokencomp.kernels.attention_colsum import attention_colsum, join_heads
 from tokencomp.kernels.bipartite_match import bipartite_match
 from tokencomp.kernels.ccam_attention import ccam_attention, visible_frames
-from tokencomp.kernels.dispatch import status
+from tokencomp.kernels.dispatch import prepare, status
 from tokencomp.kernels.dpp_select import dpp_select
 from tokencomp.kernels.errors import KernelError
 from tokencomp.kernels.facility_select import facility_select
@@ -51,6 +51,7 @@ __all__ = [
     "mean_distance",
     "merge_rows",
     "nearest_previous_frame",
+    "prepare",
     "status",
     "topk_stable",
     "visible_frames",

@@ -3,14 +3,15 @@
 The environment variable ``TOKENCOMP_KERNELS`` decides:
 
 ``auto`` (default)
-    Triton runs for CUDA tensors if Triton can be imported and the device has compute capability
-    8.0 or newer. Plain PyTorch runs everywhere else.
+    Triton runs for CUDA tensors if Triton can be imported, the device has compute capability 8.0 or
+    newer, and the op has passed the self-test of the card (:mod:`tokencomp.kernels.selftest`).
+    Plain PyTorch runs everywhere else.
 ``naive``
     Plain PyTorch always runs.
 ``triton``
-    Triton always runs, and an error is raised where it cannot. CPU tensors are accepted under
-    Triton's interpreter (``TRITON_INTERPRET=1``), which is how the kernels are tested without a
-    GPU.
+    Triton always runs, without a self-test, and an error is raised where it cannot. CPU tensors
+    are accepted under Triton's interpreter (``TRITON_INTERPRET=1``), which is how the kernels are
+    tested without a GPU.
 
 Checks of values (NaN scores, indices out of range) need one host round trip on a GPU. They are on
 by default and are skipped while a CUDA graph is captured. ``TOKENCOMP_KERNELS_CHECK=0`` turns them
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from tokencomp.kernels import selftest
 from tokencomp.kernels.errors import KernelError
 
 MODES = ("auto", "naive", "triton")
@@ -138,7 +140,7 @@ class Op:
         check_result: Callable[[Any], None] | None = None,
         differentiable: bool = False,
     ) -> None:
-        self.naive, self._check, self._check_result = naive, check, check_result
+        self.name, self.naive, self._check, self._check_result = name, naive, check, check_result
         self._triton_form = f"{naive.__module__}.triton", name
         self._differentiable = differentiable
 
@@ -180,7 +182,7 @@ class Op:
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):  # rounding could select other rows
                 return self._run(args, trusted)
-        form = self.naive if which(x) == "naive" else self._triton
+        form = self._triton if self._runs_triton(x) else self.naive
         # A check reads a value on the host, which a captured CUDA graph cannot do.
         if (
             trusted
@@ -196,6 +198,13 @@ class Op:
         if self._check_result is not None:
             self._check_result(result)
         return result
+
+    def _runs_triton(self, x: Tensor) -> bool:
+        """Whether the Triton form runs; in mode `auto` only where it has passed the self-test."""
+        if which(x) == "naive":
+            return False
+        forced = mode(os.environ.get("TOKENCOMP_KERNELS", "")) == "triton"
+        return forced or selftest.passes(self.name, x.device, x.dtype)
 
     def _triton(self, *args: Any) -> Any:
         module, name = self._triton_form
@@ -241,6 +250,19 @@ def exact(tensor: Tensor, trusted: bool = True) -> Iterator[None]:
             yield
     finally:
         _assumed.on = before
+
+
+def prepare(device: torch.device, *dtypes: torch.dtype) -> list[selftest.Verdict]:
+    """Run the self-test of a card, if it has no verdicts, before an op is needed.
+
+    Later calls, compiled graphs and captured CUDA graphs then find the verdicts. Returns those of
+    all ops in all floating `dtypes`; none where plain PyTorch runs anyway, or Triton is forced.
+    """
+    forced = mode(os.environ.get("TOKENCOMP_KERNELS", "")) == "triton"
+    if device.type == "cpu" or forced or which(torch.empty(0, device=device)) == "naive":
+        return []
+    tested = [dtype for dtype in dict.fromkeys(dtypes) if dtype in selftest.TESTED]
+    return [v for dtype in tested for v in selftest.verdicts(device, dtype)]
 
 
 def status() -> dict[str, str | None]:

@@ -22,7 +22,7 @@ from tokencomp.serving.vllm import process
 ENV_OFF = "TOKENCOMP_VLLM"
 LOADER = "tokencomp"  # name of `frames.ChosenFrames` among vLLM's loaders of videos
 PIXELS = "pixels"  # its option for the pixels that the other media of a request leave
-TESTED_VERSIONS = ("0.32", "0.33")
+TESTED_VERSIONS = ("0.32", "0.33", "0.34")
 
 # Architecture → the module of this package whose `MIXINS` extend vLLM's model and processor.
 MODELS = {

@@ -18,6 +18,10 @@ DRAFTERS = (
     "after an image, with or without tokencomp (vllm-project/vllm#54498): use runner V2 "
     "(VLLM_USE_V2_MODEL_RUNNER=1, on a GPU)"
 )
+PIPELINES = (
+    "--pipeline-parallel-size above 1 under model runner V2: later stages see no media (use "
+    "tensor, or vLLM 0.33 with VLLM_USE_V2_MODEL_RUNNER=0)"
+)
 MERGING_BACKENDS = ("CPU_ATTN", "FLASH_ATTN")
 EC_CONNECTORS = ("ECExampleConnector", "ECCPUConnector")  # of encoders in other processes
 KV_CONNECTORS = ("ExampleConnector", "NixlConnector")
@@ -48,8 +52,13 @@ def check_engine(config: VllmConfig, offsets: bool, merging: bool = False) -> No
             f"tokencomp cannot serve under these engine settings: {'; '.join(wrong + untested)}."
             f"{hint} Set {ENV_OFF}=off to serve this model without tokencomp."
         )
-    if offsets and not config.use_v2_model_runner:
+    if offsets and not runs_v2(config):
         _piecewise(config)
+
+
+def runs_v2(config: VllmConfig) -> bool:
+    """Whether the engine has model runner V2, the only one from vLLM 0.34 on."""
+    return bool(getattr(config, "use_v2_model_runner", True))
 
 
 def _untested(config: VllmConfig) -> list[str]:
@@ -79,12 +88,9 @@ def _connector(config: VllmConfig, kind: str) -> str:
 def _wrong_for_offsets(config: VllmConfig, merging: bool) -> list[str]:
     """Return the settings with which offsets or sizes of rows give wrong results."""
     parallel, settings = config.parallel_config, []
-    if parallel.pipeline_parallel_size > 1 and config.use_v2_model_runner:
-        settings.append(
-            "--pipeline-parallel-size above 1 under model runner V2: later stages see no media "
-            "(use tensor, or VLLM_USE_V2_MODEL_RUNNER=0)"
-        )
-    if config.use_v2_model_runner and not merging:
+    if parallel.pipeline_parallel_size > 1 and runs_v2(config):
+        settings.append(PIPELINES)
+    if runs_v2(config) and not merging:
         return settings  # it corrects positions before the forward pass, also for drafters
     if parallel.use_ubatching:
         settings.append("dual batch overlap slices rows, not what we know of them (--enable-dbo)")

@@ -18,6 +18,7 @@ from typing import Any
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.serving import ENV_OPTIONS, ENV_UNTESTED, KEY
 from tokencomp.serving.vllm import MODELS, STOCK, TESTED_VERSIONS
+from tokencomp.serving.vllm.contact import check_class
 
 
 def configured_options(model_config: Any) -> Any:
@@ -50,6 +51,7 @@ def compressing(architecture: str, kind: str) -> type:
     stock = STOCK[architecture].load_model_cls()
     if kind == "Processor":
         stock = stock._processor_factory.processor
+    check_class(stock, kind, getattr(mixin, "needs_offsets", False))
     return type(f"Tokencomp{stock.__name__}", (mixin, stock), {"__module__": __name__})
 
 

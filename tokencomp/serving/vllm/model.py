@@ -16,6 +16,7 @@ from vllm.multimodal.utils import copy_mm_embedding_modality
 from vllm.sequence import IntermediateTensors
 
 from tokencomp.errors import ScoreError
+from tokencomp.kernels import prepare
 from tokencomp.serving.item_plan import ItemPlan, field_name
 from tokencomp.serving.item_rows import batches, reduce_rows
 from tokencomp.serving.offsets import OFFSETS, SIZES, split_offsets, unpack_sizes
@@ -92,6 +93,9 @@ class CompressingModel:
             self._stock_empty = self.make_empty_intermediate_tensors
             self.make_empty_intermediate_tensors = self._empty_stage
         self._tower: EngineTower | None = None  # made by the first request that needs it
+        # Before the engine captures CUDA graphs, and before the server listens.
+        device = next(self.parameters()).device  # type: ignore[attr-defined]  # a module
+        prepare(device, vllm_config.model_config.dtype, torch.float32)
         logger.info("tokencomp in worker %d: default %s", os.getpid(), default)
 
     # -- per model ------------------------------------------------------------------------------
