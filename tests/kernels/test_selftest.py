@@ -21,6 +21,7 @@ from tokencomp.kernels import cases, dispatch, run_cases, selftest, topk_stable
 
 CPU = torch.device("cpu")
 SUPPORT = Path(__file__).parents[1] / "support"
+EVERY = list(selftest.OPS)
 FEW = ("gather_rows", "topk_stable", "mean_distance")
 SCORES = torch.tensor([3.0, 1.0, 3.0, 2.0, 5.0])
 BEST = [0, 2, 4]  # of five scores, by hand
@@ -34,7 +35,7 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(selftest, "_known", {})
     monkeypatch.setattr(dispatch, "which", lambda x: "triton")
-    monkeypatch.setattr(cases, "OPS", FEW)
+    monkeypatch.setattr(selftest, "OPS", list(FEW))
     path = [SUPPORT / "faults", SUPPORT.parent, SUPPORT.parents[1], os.environ.get("PYTHONPATH")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(str(p) for p in path if p))
     return tmp_path / "cache"
@@ -51,7 +52,7 @@ def no_tests(*args: Any, **kwargs: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", WRONG)
-@pytest.mark.parametrize("op", cases.OPS)
+@pytest.mark.parametrize("op", EVERY)
 def test_a_wrong_form_is_found(op: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENCOMP_KERNELS", "triton")
     module = importlib.import_module(f"tokencomp.kernels.{op}.triton")
@@ -96,12 +97,11 @@ def test_a_fault_costs_a_warning_and_no_answer(
 def test_each_op_that_ends_its_process(
     kind: str, card: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    every = tuple(dict.fromkeys(map(cases.op_of, cases.CASES)))
-    monkeypatch.setattr(cases, "OPS", every)
+    monkeypatch.setattr(selftest, "OPS", EVERY)
     monkeypatch.setattr(selftest, "OP_SECONDS", 10.0)
-    monkeypatch.setenv("FAULT", " ".join([kind, *every]))
+    monkeypatch.setenv("FAULT", " ".join([kind, *EVERY]))
     found = selftest.verdicts(CPU, torch.float32)
-    assert [v.op for v in found] == list(every) and not any(v.passed for v in found)
+    assert [v.op for v in found] == EVERY and not any(v.passed for v in found)
 
 
 def test_verdicts_are_of_a_source(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,4 +159,4 @@ def test_two_processes_at_once(card: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_cases_reach_each_op() -> None:
     folders = {f.parent.name for f in (SUPPORT.parents[1] / "kernels").glob("*/triton.py")}
-    assert set(map(cases.op_of, cases.CASES)) == folders
+    assert set(map(cases.op_of, cases.CASES)) == set(EVERY) == folders

@@ -181,7 +181,3 @@ def op_of(name: str) -> str:
 def leaves(result: Any) -> list[Tensor]:
     """Tensors of a result, which may be a tensor, a list or a tuple."""
     return [t for t in torch.utils._pytree.tree_leaves(result) if t is not None]
-
-
-OPS = tuple(dict.fromkeys(map(op_of, CASES)))
-"""Every op once."""

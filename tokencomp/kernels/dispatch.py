@@ -149,6 +149,7 @@ class Op:
             return self._run(args)
 
         BODIES[name] = body
+        selftest.OPS.append(name)
         self._custom_op = torch.library.custom_op(f"tokencomp::{name}", body, mutates_args=())
         self._custom_op.register_fake(fake)
 

@@ -41,6 +41,9 @@ OP_SECONDS = 120.0
 """How long one op may take: Triton compiles several kernels for it."""
 TESTED = (torch.float32, torch.float16, torch.bfloat16)
 
+OPS: list[str] = []
+"""Names of all ops, which each `dispatch.Op` adds."""
+
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _known: dict[tuple[str, torch.device, torch.dtype], Verdict] = {}
@@ -85,8 +88,6 @@ def verdicts(device: torch.device, dtype: torch.dtype, fresh: bool = False) -> l
 
     `fresh` tests all ops again. An op that fails is logged once per process.
     """
-    from tokencomp.kernels.cases import OPS
-
     with _lock:
         known = [_known.get((op, device, dtype)) for op in OPS]
         if not fresh and all(known):
@@ -139,9 +140,8 @@ def _note(device: torch.device, dtype: torch.dtype) -> tuple[Path, dict[str, Any
 @functools.cache
 def source_hash() -> str:
     """Hash of the ops' source, and of the rest of this package."""
-    from tokencomp import kernels
-
-    files = sorted(f for root in kernels.__path__ for f in Path(root).rglob("*.py"))
+    roots = sys.modules[__package__].__path__
+    files = sorted(f for root in roots for f in Path(root).rglob("*.py"))
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
