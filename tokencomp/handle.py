@@ -12,6 +12,7 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.context_window import VisualContext, extend_visual_context, is_extended
 from tokencomp.engine.checks import check_plan
 from tokencomp.engine.hooks import CallGate, Hooks
+from tokencomp.engine.speed import fast_plan
 from tokencomp.engine.stats import Stats
 from tokencomp.engine.tower.signals import check_signals
 from tokencomp.engine.weights import merging_where_possible
@@ -36,7 +37,10 @@ def handle_of(model: nn.Module) -> Handle | None:
 def make_plan(spec: Method, adapter: Adapter) -> Plan:
     """The stages of a method in one decoder, with reducers that have loaded their weights."""
     num_layers = len(adapter.layers)
-    plan = spec.stages(num_layers, adapter.first_layer_stage)
+    if spec.speedup is None:
+        plan = spec.stages(num_layers, adapter.first_layer_stage)
+    else:
+        plan = fast_plan(spec, adapter)
     plan.check(num_layers, adapter.first_layer_stage)
     check_plan(plan, adapter)
     check_signals(plan, adapter)
@@ -137,6 +141,7 @@ class Handle:
         *,
         ratio: float | Mapping[str, float] | None = None,
         budget: int | Mapping[str, int] | None = None,
+        speedup: float | None = None,
         reducer: str | Reducer | None = None,
         plan: PlanLike | None = None,
         merge: Merging | None = None,
@@ -147,13 +152,13 @@ class Handle:
         """Change ratios, reducers or options in place; omitted arguments keep their values.
 
         `options` are further options of the stages, and those of the reducer, as in `patch`. A
-        ratio replaces a budget, and vice versa. Another reducer starts from its default options,
-        and `merge` from False if it merges by itself or the value was "auto". An earlier tower
-        ratio is at most a new ratio, and off next to a budget. A plan replaces everything; after a
-        plan, a new ratio needs a reducer too.
+        ratio, a budget and a speedup replace one another. Another reducer starts from its default
+        options, and `merge` from False if it merges by itself or the value was "auto". An earlier
+        tower ratio is at most a new ratio, and off next to a budget or speedup. A plan replaces
+        everything; after a plan, a new ratio needs a reducer too.
         """
         changes = {
-            "ratio": ratio, "budget": budget, "reducer": reducer,
+            "ratio": ratio, "budget": budget, "speedup": speedup, "reducer": reducer,
             "tower_ratio": tower_ratio, "tower_reducer": tower_reducer,
             "plan": None if plan is None else as_plan(plan),
             "options": {**options, "merge": merge},

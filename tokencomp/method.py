@@ -25,6 +25,7 @@ from tokencomp.plan.options import (
 )
 from tokencomp.plan.plan import MEDIA, Plan, TowerStage
 from tokencomp.plan.schedules import after_tower, by_item, by_modality, not_before
+from tokencomp.plan.speed import check_speedup
 from tokencomp.validation import check_effect
 
 if TYPE_CHECKING:  # tokencomp.mlx runs without torch, which reducers import
@@ -40,7 +41,7 @@ TOWER_SLACK = 1.6
 # (benchmarks/frontier).
 TOWER_MOST = 0.4
 TOWER = ("tower_ratio", "tower_reducer")
-FIELDS = ("budget", *TOWER, *OPTIONS)  # that `options` may contain as well
+FIELDS = ("budget", "speedup", *TOWER, *OPTIONS)  # that `options` may contain as well
 
 
 def usual_ratio(reducer: str | Reducer) -> float:
@@ -71,6 +72,7 @@ class Method(StageOptions):
     # Ratios by modality, in place of `ratio`; modalities that are not named stay whole.
     ratios: dict[str, float] = field(default_factory=dict)
     budget: int | Mapping[str, int] | None = None
+    speedup: float | None = None  # in place of both: `tokencomp.plan.speed`
     # Names of fields and options whose values come from an earlier method (`override`). They may
     # have no effect at this ratio; others without effect are refused.
     inherited: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
@@ -86,6 +88,8 @@ class Method(StageOptions):
         if self.tower_ratio != "auto":
             other = ', or "auto"'
             self._assign(tower_ratio=check_ratio(self.tower_ratio, "tower_ratio", other))
+        if self.speedup is not None:
+            self._assign(speedup=check_speedup(self.speedup))
         check_exclusive(self._given)
         if self.plan is None:
             self.check_options(self.built_reducer if self.names_reducer else None)
@@ -102,8 +106,9 @@ class Method(StageOptions):
         ratio = 0.0 if self.plan is not None else self.ratio  # a plan's is only written down
         values = {
             "reducer": self.reducer, "ratio": ratio, "ratios": self.ratios, "budget": self.budget,
-            "plan": self.plan, "tower_ratio": self.tower_ratio, "tower_reducer": self.tower_reducer,
-            "options": self.options, **self.stage_options,
+            "speedup": self.speedup, "plan": self.plan, "options": self.options,
+            "tower_ratio": self.tower_ratio, "tower_reducer": self.tower_reducer,
+            **self.stage_options,
         }  # fmt: skip
         usual = {"reducer": "auto", "tower_reducer": "auto"}
         return {name: v for name, v in values.items() if v and v != usual.get(name)}
@@ -130,7 +135,8 @@ class Method(StageOptions):
                 "an item must follow from that item and the budget alone. Use "
                 "tower_ratio='auto' with a budget for every item, such as budget=512, or a ratio."
             )
-        unused = {} if self.tower_ratio else {"tower_reducer": "with tower_ratio=0"}
+        on = self.tower_ratio or self.speedup is not None
+        unused = {} if on else {"tower_reducer": "with tower_ratio=0"}
         if self.off:
             unused["tower_ratio"] = "at ratio=0"
         if self.repeats and not (self.ratio or self.ratios or budget):
@@ -216,7 +222,7 @@ class Method(StageOptions):
             return False
         if self.plan is not None:
             return not self.plan.active
-        if self.budget is not None:
+        if self.budget is not None or self.speedup is not None:
             return False
         return not any((self.ratio, *self.ratios.values()))
 
@@ -234,7 +240,9 @@ class Method(StageOptions):
 
     @property
     def asked(self) -> str:
-        """The ratio or budget in words: "ratio 0.75", or "budget=512"."""
+        """The amount in words: "ratio 0.75", "budget=512" or "speedup=2"."""
+        if self.speedup is not None:
+            return f"speedup={self.speedup:g}"
         return f"ratio {self.shown_ratio}" if self.built_budget is None else str(self.built_budget)
 
     @property
@@ -242,11 +250,15 @@ class Method(StageOptions):
         """The ratio in stored runs: numbers, or a budget in words."""
         if self.plan is not None and self.plan.has_budget:
             return "budgets"
+        if self.speedup is not None:
+            return self.asked
         return (self.ratios or self.ratio) if self.built_budget is None else str(self.built_budget)
 
     @property
     def requested(self) -> dict[str, Any]:
-        """The ratio or budget as arguments: `{"ratio": 0.75}`, or `{"budget": 512}`."""
+        """The amount as an argument: `{"ratio": 0.75}`, `{"budget": 512}` or `{"speedup": 2}`."""
+        if self.speedup is not None:
+            return {"speedup": self.speedup}
         if self.budget is not None:
             return {"budget": self.budget}
         return {"ratio": self.ratios or self.ratio}
@@ -274,6 +286,11 @@ class Method(StageOptions):
         """
         if self.plan is not None:
             return self.plan
+        if self.speedup is not None:
+            raise OptionError(
+                f"speedup={self.speedup:g} needs the model, whose FLOPs set what is kept. Give a "
+                "ratio and a tower ratio, or use tokencomp.patch."
+            )
         key = num_layers, first_layer_stage
         if key not in self._plans:
             plan = self._solved(num_layers, first_layer_stage)
@@ -308,8 +325,9 @@ class Method(StageOptions):
         moved, options = split(changes.get("options") or {}, FIELDS)
         given = {n: v for n, v in {**changes, **moved}.items() if v is not None}
         given.pop("options", None)
-        ratio, budget, plan = (given.pop(name, None) for name in ("ratio", "budget", "plan"))
-        asked = one_amount(ratio, budget, plan)
+        amounts = ("ratio", "budget", "plan", "speedup")
+        ratio, budget, plan, speedup = (given.pop(name, None) for name in amounts)
+        asked = one_amount(ratio, budget, plan, speedup)
         planned = plan is None and self.plan is not None and "reducer" not in given
         if planned and (asked or options or given):
             raise OptionError(
@@ -319,11 +337,20 @@ class Method(StageOptions):
         inherited = frozenset({*TOWER, *OPTIONS, "then"} - given.keys() - options.keys())
         if plan is not None:
             blank = {**dict.fromkeys(OPTIONS), "tower_ratio": 0.0, "tower_reducer": "auto"}
-            values = {**blank, "reducer": "auto", "ratios": {}, "budget": None, **given}
+            values: dict[str, Any] = {
+                **blank,
+                "reducer": "auto",
+                "ratios": {},
+                "budget": None,
+                "speedup": None,
+            }
+            values |= given
             return self._with({**values, "plan": plan, "options": options}, inherited)
         values = {"plan": None, **given}
         if asked:
-            values |= {"ratio": 0.0, "ratios": {}, "budget": None, **asked}
+            values |= {"ratio": 0.0, "ratios": {}, "budget": None, "speedup": None, **asked}
+            if speedup is not None:  # it sets the tower ratio as well
+                values.setdefault("tower_ratio", 0.0)
         other = given.get("reducer", self.reducer) != self.reducer
         values["options"] = options if other else {**self.options, **options}
         if other:
@@ -368,7 +395,7 @@ class Method(StageOptions):
     def __hash__(self) -> int:
         options = json.dumps(self.options, sort_keys=True, default=str)
         amount = self.ratio, tuple(self.ratios.items()), self.built_budget, self.tower_ratio
-        return hash((self.reducer, options, self.plan, amount))
+        return hash((self.reducer, options, self.plan, amount, self.speedup))
 
 
 def _made(reducer: str | Reducer, options: dict[str, Any]) -> Reducer:

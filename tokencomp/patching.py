@@ -37,6 +37,7 @@ def patch(
     ratio: float | Mapping[str, float] | None = None,
     *,
     budget: int | Mapping[str, int] | None = None,
+    speedup: float | None = None,
     reducer: str | Reducer = "auto",
     plan: PlanLike | None = None,
     merge: Merging | None = None,
@@ -66,6 +67,12 @@ def patch(
         budget / its tokens; schedules are solved for that ratio. Smaller items are not compressed.
         `{"prompt": 4096}` is a budget for all items of a prompt together, which have one ratio. At
         any ratio every item keeps at least one token and its special tokens.
+    speedup
+        Instead of `ratio`: the factor by which the work from pixels to the first token falls, for
+        vision tower, projector and decoder together, such as 2. From the size of every image or
+        clip follow a tower ratio and a ratio on a path that validation questions have chosen
+        (`tokencomp.plan.speed`); text is not counted. `handle.stats.speedup` has the factor of the
+        last prompt with its text. Where no tower stage is possible the decoder alone is left.
     reducer
         A name from `tokencomp.available_reducers()`, or a `Reducer`. "auto": kcenter on images
         and videos, uniform on audio.
@@ -131,10 +138,11 @@ def patch(
     Raises
     ------
     RatioError, UnknownNameError, OptionError
-        A bad ratio, budget, reducer name, reducer option or `positions`; two of ratio, budget and
-        plan; a plan together with a reducer, options or `merge`; a budget together with a tower
-        ratio other than "auto", or one of a whole prompt with any; merge=True for a reducer that
-        merges by itself.
+        A bad ratio, budget or speedup, also a speedup that is out of reach; a bad reducer name,
+        reducer option or `positions`; two of ratio, budget, speedup and plan; a plan together with
+        a reducer, options or `merge`; a budget together with a tower ratio other than "auto", or
+        one of a whole prompt with any; a speedup with a tower ratio, or with a reducer that acts
+        between layers; merge=True for a reducer that merges by itself.
     PlanError
         A plan that cannot be read, or not be executed on this model; a tower ratio above the ratio;
         a reducer that cannot act in the tower.
@@ -152,7 +160,7 @@ def patch(
     ModelInUseError
         A call of the patched model is running, in any thread.
     """
-    asked = one_amount(ratio, budget, plan) or {"ratio": usual_ratio(reducer)}
+    asked = one_amount(ratio, budget, plan, speedup) or {"ratio": usual_ratio(reducer)}
     spec = Method(
         reducer,
         options={**options, "merge": merge},

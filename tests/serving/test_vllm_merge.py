@@ -204,9 +204,10 @@ def test_hybrid_models_are_refused_at_the_start(tiny_folder: Any) -> None:
 
 def test_wider_heads_are_part_of_the_compile_key() -> None:
     narrow, wide = VllmConfig(), VllmConfig()
-    assert narrow.compute_hash() == wide.compute_hash()
+    key = getattr(VllmConfig, "compute_hash", None) or VllmConfig.compile_factors  # from 0.34 on
+    assert key(narrow) == key(wide)
     weighted.note_in_compile_key(wide)
-    assert narrow.compute_hash() != wide.compute_hash()
+    assert key(narrow) != key(wide)
 
 
 class Embedding:

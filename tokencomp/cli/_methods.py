@@ -25,7 +25,7 @@ def settings(context: typer.Context, chosen: opt.MethodOptions) -> Settings:
     from tokencomp.reducers.plan_json import as_plan
 
     if chosen.plan is None:
-        if not chosen.stages.get("tower_ratio"):
+        if not chosen.stages.get("tower_ratio") and chosen.speedup is None:
             fix = "give the share to remove there, e.g. --tower-ratio auto"
             opt.refuse_options(context, ("tower_reducer",), "--tower-ratio 0", fix)
         every = chosen.stages
@@ -33,7 +33,11 @@ def settings(context: typer.Context, chosen: opt.MethodOptions) -> Settings:
             every["budgets"] = parse.budgets(chosen.budget)
             if opt.given(context, ("ratio",)):
                 one_amount(parse.ratios(chosen.ratio)[0], every["budgets"][0])
-        ratios = parse.ratios(chosen.ratio) if chosen.budget is None else []
+        if chosen.speedup is not None:
+            fix = "a speedup sets how much the vision tower and the decoder drop"
+            opt.refuse_options(context, ("ratio", "budget", "tower_ratio"), "--speedup", fix)
+            every["speedups"] = parse.speedups(chosen.speedup)
+        ratios = [] if "budgets" in every or "speedups" in every else parse.ratios(chosen.ratio)
         methods = parse.methods(chosen.reducer)
         if (ALL, {}) in methods:
             return lambda model: fitting(methods, ratios, every, model)
@@ -41,7 +45,7 @@ def settings(context: typer.Context, chosen: opt.MethodOptions) -> Settings:
         settings = list(dict.fromkeys(itertools.chain(*found)))
         return lambda model: checked(settings, model)
     fix = "the stages in the file have reducers, fractions and options of their own"
-    names = ("reducer", "ratio", "budget", *OPTIONS, "tower_ratio", "tower_reducer")
+    names = ("reducer", "ratio", "budget", "speedup", *OPTIONS, "tower_ratio", "tower_reducer")
     opt.refuse_options(context, names, "--plan", fix)
     stages = as_plan(chosen.plan)
     return lambda model: checked(planned(stages, model), model)

@@ -129,6 +129,14 @@ class MethodOptions(StageFlags):
             "commas; prompt=4096: of all media of a prompt together.",
         ),
     ] = None
+    speedup: Annotated[
+        str | None,
+        typer.Option(
+            "--speedup",
+            help="In place of --ratio: factors by which the work of tower and decoder falls, "
+            "separated by commas, such as 1.5,2.",
+        ),
+    ] = None
     plan: Annotated[
         Path | None,
         typer.Option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -85,6 +86,19 @@ def budgets(text: str) -> list[int | dict[str, int]]:
         number: Any = int(value) if value.strip().isdecimal() else value
         found.append({name.strip(): number} if mark else number)
         Budget.of(found[-1])
+    return found
+
+
+def speedups(text: str) -> list[float]:
+    """ "1.5,2" → [1.5, 2.0]."""
+    from tokencomp.plan.speed import check_speedup
+
+    found: list[float] = []
+    for piece in names(text):
+        number: Any = piece
+        with contextlib.suppress(ValueError):
+            number = float(piece)
+        found.append(check_speedup(number))
     return found
 
 

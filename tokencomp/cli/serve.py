@@ -32,6 +32,10 @@ def command(
         int | None,
         typer.Option("--budget", help="Default number of visual tokens per item, not --ratio."),
     ] = None,
+    speedup: Annotated[
+        float | None,
+        typer.Option("--speedup", help="Default factor by which the work falls (hf), not --ratio."),
+    ] = None,
     reducer: Annotated[
         str,
         typer.Option(
@@ -117,7 +121,8 @@ def command(
     from tokencomp.serving.bind import Bind
 
     name, own = parse.one_method(reducer, "serve")
-    size = one_amount(None if ratio is None else parse.one_ratio(ratio, "serve"), budget)
+    number = None if ratio is None else parse.one_ratio(ratio, "serve")
+    size = one_amount(number, budget, None, speedup)
     if engine == "mlx":  # which needs no torch, and the imports below do
         from tokencomp.mlx.method import MlxMethod
         from tokencomp.mlx.serve import run

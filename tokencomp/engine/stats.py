@@ -19,6 +19,7 @@ from tokencomp.engine.weights import extra_dims
 from tokencomp.errors import OptionError, RatioWarning
 from tokencomp.plan.counts import BudgetShare
 from tokencomp.plan.plan import Plan
+from tokencomp.plan.speed import Goal
 from tokencomp.reducers.base import counts_itself
 from tokencomp.tokens.tokens import VisualSpan
 from tokencomp.torchlib import compat
@@ -172,6 +173,9 @@ class Stats:
             ("tower work", *self.tower_flops),
         ):
             parts += [f"{name} {100 * after / before:.0f} %"] if before else []
+        goal = next((s.budget for s in self._plan.stages if isinstance(s.budget, Goal)), None)
+        if goal is not None:
+            parts.append(f"speedup {self.speedup:.2f} by FLOPs of {goal.speedup:g}")
         return ", ".join(parts) + (f" ({self.reason})" if self.reason else "")
 
     def __repr__(self) -> str:
@@ -202,7 +206,8 @@ class Stats:
     def _item_budget(self) -> int | None:
         """The budget of every item in tokens; None if there is none."""
         budgets = [s.budget for s in self._plan.stages if s.budget is not None]
-        return next((b.tokens for b in budgets if not b.whole_prompt), None)
+        given = (b for b in budgets if not b.whole_prompt and not isinstance(b, Goal))
+        return next((b.tokens for b in given), None)
 
     @property
     def _bound(self) -> str:
@@ -227,7 +232,7 @@ class Stats:
             whole = tower is not None and not tower.decides and self.tower_ratio == 0
             return "the tower keeps every patch: tower_ratio removes none here" if whole else ""
         budget = next((s.budget for s in self._plan.stages if s.budget is not None), None)
-        if budget is None:
+        if budget is None or isinstance(budget, Goal):
             chosen = (self._plan.tower is not None and self._plan.tower.decides) or any(
                 counts_itself(s.reducer) for s in self._plan.stages
             )
@@ -327,6 +332,16 @@ class Stats:
         """FLOPs of the projector without and with the stage in the tower; 0 if unknown."""
         return _sums(cost.projector_flops for cost in self.tower_costs)
 
+    @property
+    def speedup(self) -> float:
+        """By which factor the FLOPs up to the first token fell, in tower, projector and decoder.
+
+        Of the decoder alone if the work of the tower is not known (`tower_flops`).
+        """
+        pairs = (self.flops_before, self.flops_after), self.tower_flops, self.projector_flops
+        before, after = map(sum, zip(*pairs, strict=True))
+        return before / after if after else 1.0
+
     def tower_kept(self, sample: int = 0) -> list[list[int]]:
         """Offsets inside each span of tokens that the tower keeps: `tower_kept(b)[span]`."""
         if self._survivors is None:
@@ -386,6 +401,7 @@ class Stats:
             "ratio": self.ratio,
             "requested_ratio": self.requested_ratio,
             **({} if self.merged_from is None else {"merged_from": self.merged_from}),
+            "speedup": self.speedup,
             "flops_before": self.flops_before,
             "flops_after": self.flops_after,
             "kv_bytes_before": self.kv_bytes_before,

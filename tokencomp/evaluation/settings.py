@@ -51,7 +51,7 @@ class Setting(Method):
     variant: str = ""  # which of several models answers, see `sweep`
 
     def __post_init__(self) -> None:
-        asked = self.ratio or self.options or self.budget is not None
+        asked = self.ratio or self.options or self.budget is not None or self.speedup is not None
         if self.reducer == FULL and self.plan is None and asked:
             raise OptionError(
                 f"the uncompressed model ('{FULL}') takes no ratio and no options; got "
@@ -65,7 +65,8 @@ class Setting(Method):
         super().__post_init__()
         if self.input_baseline and self.written_options:
             raise OptionError(f"{self.reducer!r} has no options; got {self.written_options}.")
-        if self.input_baseline and (self.built_budget is not None or self.ratios):
+        sized = self.built_budget is not None or self.speedup is not None or self.ratios
+        if self.input_baseline and sized:
             raise OptionError(
                 f"{self.reducer!r} makes all media smaller by one ratio; got {self.shown_ratio}. "
                 "Give it a number, or leave it out."
@@ -99,9 +100,10 @@ class Setting(Method):
         usual = self.usual_options
         stage = {n: value for n, value in self.options_in_force.items() if value != usual[n]}
         tower: dict[str, Any] = {}
-        if self.active and self.plan is None and self.tower_stage is not None:
+        towered = self.speedup is not None or self.tower_stage is not None
+        if self.active and self.plan is None and towered:
             reducer = getattr(self.tower_reducer, "name", self.tower_reducer)
-            tower = {"tower_ratio": self.tower_ratio}
+            tower = {} if self.speedup is not None else {"tower_ratio": self.tower_ratio}
             tower |= {} if reducer == "auto" else {"tower_reducer": reducer}
         return {**plan, **self.options, **stage, **tower}
 
@@ -121,7 +123,8 @@ class Setting(Method):
 
     def deviation(self, layers: int, frames: int = 0) -> str:
         """How the method departs from its paper at this depth, in words; see `Published`."""
-        if not self.active or self.plan is not None or self.ratios or self.built_budget is not None:
+        other = self.plan is not None or self.ratios or self.speedup is not None
+        if not self.active or other or self.built_budget is not None:
             return ""
         return deviation(self.built_reducer, self.ratio, layers, frames)
 
@@ -186,20 +189,26 @@ def label_of(name: str, shown_ratio: str, options: Mapping[str, Any]) -> str:
 
 
 def grid(
-    reducers: Iterable[str], ratios: Iterable[Any], /, budgets: Iterable[Any] = (), **options: Any
+    reducers: Iterable[str],
+    ratios: Iterable[Any],
+    /,
+    budgets: Iterable[Any] = (),
+    speedups: Iterable[float] = (),
+    **options: Any,
 ) -> list[Setting]:
-    """The full model, then every reducer at every ratio above 0 (or by modality), and every budget.
+    """The full model, then every reducer at every ratio above 0 (or by modality), and every amount.
 
     Reducers whose count the pixels decide also run at ratio 0, if it is among the ratios.
     """
     asked: list[dict[str, Any]] = [{"budget": budget} for budget in budgets]
+    asked += [{"speedup": speedup} for speedup in speedups]
     asked += [{"ratio": ratio} for ratio in ratios]
     media = {name: value for name, value in options.items() if name not in (*TOWER, *OPTIONS)}
     found = [Setting()]
     for name, amount in itertools.product(dict.fromkeys(reducers), asked):
         ratio = amount.get("ratio")
         above = any(ratio.values()) if isinstance(ratio, Mapping) else ratio
-        if above or "budget" in amount or usual_ratio(name) == 0:
+        if above or "ratio" not in amount or usual_ratio(name) == 0:
             own = media if name in INPUT_BASELINES else options
             found.append(Setting(name, options=own, **amount))
     return found

@@ -88,10 +88,15 @@ class BudgetShare:
     prompt: int  # visual tokens of the prompt
     parts: tuple[int, ...]  # visual tokens of every span of its item
     part: int  # index of the span in `parts`
+    frames: int = 1  # of the item
+    modality: str = "image"
 
 
 class SpanSize(Protocol):
-    """Fields of a span that `budget_shares` reads: first column of its item, and visual tokens."""
+    """Fields of a span that `budget_shares` reads.
+
+    They are the first column of its item, its visual tokens, its modality and its (t, h, w).
+    """
 
     @property
     def item(self) -> int | None: ...
@@ -99,17 +104,26 @@ class SpanSize(Protocol):
     @property
     def visual(self) -> int: ...
 
+    @property
+    def modality(self) -> Any: ...
+
+    @property
+    def grid(self) -> tuple[int, int, int]: ...
+
 
 def budget_shares(spans: Sequence[SpanSize]) -> list[BudgetShare]:
     """The share of every span of one prompt; spans with one `item` are parts of that item."""
     parts: dict[int | None, list[int]] = {}
+    frames: dict[int | None, int] = {}
     result = []
     for span in spans:
         parts.setdefault(span.item, []).append(span.visual)
+        frames[span.item] = frames.get(span.item, 0) + span.grid[0]
     total, seen = sum(map(sum, parts.values())), dict.fromkeys(parts, -1)
     for span in spans:
         seen[span.item] += 1
-        result.append(BudgetShare(total, tuple(parts[span.item]), seen[span.item]))
+        item = tuple(parts[span.item]), seen[span.item], frames[span.item], span.modality
+        result.append(BudgetShare(total, *item))
     return result
 
 

@@ -224,6 +224,11 @@ EXCLUSIVE: tuple[tuple[set[str], set[str], str], ...] = (
     ({"ratio", "ratios"}, {"budget"}, "a budget says in tokens what a ratio says as a fraction"),
     ({"plan"}, {"ratio", "ratios", "budget"}, "a plan contains its fractions"),
     (
+        {"speedup"},
+        {"ratio", "ratios", "budget", "plan", "tower_ratio"},
+        "a speedup sets how much the vision tower and the decoder drop",
+    ),
+    (
         {"plan"},
         {"reducer", "options", *OPTIONS, "tower_ratio", "tower_reducer"},
         "a plan names its reducers, with their options, in its stages",
@@ -243,12 +248,12 @@ def check_exclusive(given: Mapping[str, Any]) -> None:
             raise OptionError(f"{one[0]} together with {', '.join(two)}: {why}. Leave one out.")
 
 
-def one_amount(ratio: Any, budget: Any, plan: Any = None) -> dict[str, Any]:
-    """The one of ratio and budget that is not None, as an argument; {} for none.
+def one_amount(ratio: Any, budget: Any, plan: Any = None, speedup: Any = None) -> dict[str, Any]:
+    """The one of ratio, budget and speedup that is not None, as an argument; {} for none.
 
-    `OptionError` if more than one of the three is given.
+    `OptionError` if more than one of the four is given.
     """
-    asked = {"ratio": ratio, "budget": budget, "plan": plan}
+    asked = {"ratio": ratio, "budget": budget, "plan": plan, "speedup": speedup}
     given = {name: value for name, value in asked.items() if value is not None}
     check_exclusive(given)
     given.pop("plan", None)

@@ -195,16 +195,19 @@ class TowerStage:
         """The fraction of the cells of an item; with a budget and without `share`: `fraction`."""
         return self.fraction if self.budget is None or share is None else self.budget.left(share)
 
-    def cells(self, grids: list[Grid]) -> list[int]:
+    def cells(self, grids: list[Grid], modality: str = "image") -> list[int]:
         """Keep counts of parts that share one budget, in proportion to their size.
 
         Parameters
         ----------
         grids
             (t, h, w) of every part: one for a whole image or video.
+        modality
+            Of the parts.
         """
         sizes = [math.prod(grid) for grid in grids]
-        fraction = self.fraction_of(BudgetShare(sum(sizes), tuple(sizes), 0))
+        item = tuple(sizes), 0, sum(t for t, _, _ in grids), modality
+        fraction = self.fraction_of(BudgetShare(sum(sizes), *item))
         return split_evenly(keep_count(sum(sizes), fraction), sizes)
 
     def most(self, cells: int) -> int:
@@ -215,7 +218,7 @@ class TowerStage:
         """Visual tokens of `span` that the tower keeps, special ones included."""
         t, h, w = span.grid
         parts, grid = (t, (1, h, w)) if self.frames_apart else (1, span.grid)
-        return parts * self.cells([grid])[0] + len(span.special)
+        return parts * self.cells([grid], span.modality)[0] + len(span.special)
 
 
 def _unfit_for_layer(reducer: AnyReducer, layer: int) -> str:

@@ -11,6 +11,7 @@ from tokencomp.errors import PlanError
 from tokencomp.plan.counts import Budget
 from tokencomp.plan.options import OPTIONS, split
 from tokencomp.plan.plan import Plan, Stage, TowerStage
+from tokencomp.plan.speed import Goal
 from tokencomp.reducers.registry import make_reducer, options_of
 
 PlanLike = Plan | list[dict[str, Any]] | str | PathLike[str]
@@ -58,11 +59,12 @@ def _size(stage: Stage | TowerStage) -> dict[str, Any]:
     budget = stage.budget
     if budget is None:
         return {"fraction": float(stage.fraction)}
-    if not budget.whole_prompt and getattr(stage, "from_mean", None) is None:
+    solved = isinstance(budget, Goal)
+    if not budget.whole_prompt and not solved and getattr(stage, "from_mean", None) is None:
         return {"budget": budget.tokens}
     raise PlanError(
         f"a stage with {budget} depends on all items of a prompt, or on a schedule solved for each "
-        "of them. Write down the reducer and its ratio or budget instead of the plan."
+        "of them. Write down the reducer and its ratio, budget or speedup instead of the plan."
     )
 
 

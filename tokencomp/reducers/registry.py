@@ -33,7 +33,7 @@ PACKAGE = "tokencomp.reducers"
 GROUP = "tokencomp.reducers"
 
 ARGUMENTS = (  # of `patch`
-    "ratio", "budget", "reducer", "plan", "tower_ratio", "tower_reducer", "strict",
+    "ratio", "budget", "speedup", "reducer", "plan", "tower_ratio", "tower_reducer", "strict",
     "positions", "extend_context", "verify", *OPTIONS,
 )  # fmt: skip
 R = TypeVar("R", bound=type[Reducer])

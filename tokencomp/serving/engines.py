@@ -50,6 +50,11 @@ FEATURES = {
         lambda method: str(b) if (b := method.built_budget) and b.whole_prompt else "",
         "Give a number, which is for each image or video.",
     ),
+    "speedup": Feature(
+        "speedups",
+        lambda method: f"speedup={method.speedup:g}" if method.speedup is not None else "",
+        "Give a ratio and, where the engine has it, a tower ratio.",
+    ),
     "plans": Feature(
         "plans", lambda method: "plan=..." if method.plan else "", "Name a reducer and a ratio."
     ),
@@ -91,6 +96,7 @@ class Capability:
 BY_ITEM = "servers treat every image and clip by itself, so that caches stay valid"
 ONE_REDUCER = "a setting of a server names one reducer"
 NO_WEIGHTS = "rows that represent several tokens need weights in attention, which {} does not have"
+NO_FLOPS = "this engine does not know the FLOPs of the model, which set what is kept"
 ENGINES = {
     "hf": Capability("hf", {"whole_prompt": BY_ITEM, "plans": ONE_REDUCER}, every_reducer=True),
     "vllm": Capability(
@@ -98,6 +104,7 @@ ENGINES = {
         {
             "weights": NO_WEIGHTS.format("vLLM without --merge"),
             "audio": "the vLLM plugin compresses images and videos",
+            "speedup": NO_FLOPS,
             "whole_prompt": BY_ITEM, "plans": ONE_REDUCER,
         },
     ),
@@ -108,6 +115,7 @@ ENGINES = {
             "tower": "the SGLang plugin has no stage in the vision tower",
             "by_modality": "the SGLang plugin has one ratio for all media",
             "audio": "the SGLang plugin compresses images and videos",
+            "speedup": NO_FLOPS,
             "whole_prompt": BY_ITEM, "plans": ONE_REDUCER,
         },
     ),
@@ -117,6 +125,7 @@ ENGINES = {
             "tower": "tokencomp.mlx has no stage in the vision tower",
             "by_modality": "tokencomp.mlx has one ratio for all media",
             "audio": "tokencomp.mlx compresses images and videos",
+            "speedup": NO_FLOPS,
             "whole_prompt": "tokencomp.mlx has budgets of single images and videos",
             "plans": "tokencomp.mlx has one stage, before the first layer",
         },

@@ -15,7 +15,7 @@ from tokencomp.plan.options import split
 from tokencomp.serving import KEY, engines
 from tokencomp.serving.load import Step, parse_steps
 
-AMOUNTS = ("ratio", "budget")
+AMOUNTS = ("ratio", "budget", "speedup")
 REQUEST_KEYS = ("reducer", "ratio", "options", *FIELDS)
 SERVER_KEYS = ("max_ratio", "low_detail_ratio", "ratio_by_load", "per_request", "only_own")
 OPERATOR_OPTIONS = ("weights",)  # paths: what they name, and whether it exists, is not for clients
@@ -25,7 +25,8 @@ OPERATOR_OPTIONS = ("weights",)  # paths: what they name, and whether it exists,
 class ServerOptions:
     """Default of a server, and the bounds of what a request may ask for.
 
-    Below a `max_ratio` of 0.95 a request may ask for no budget, whose ratio is not known.
+    Below a `max_ratio` of 0.95 a request may ask for no budget and no speedup, whose ratio is not
+    known.
     """
 
     default: Method = field(default_factory=Method)
@@ -61,8 +62,10 @@ class ServerOptions:
             low = check_ratio(low, "low_detail_ratio")
         steps: tuple[Step, ...] = ()
         if (text := values.get("ratio_by_load")) is not None:
-            if "budget" in values:
-                raise OptionError("ratio_by_load with a budget: it raises a ratio. Give a ratio.")
+            if not values.keys().isdisjoint(("budget", "speedup")):
+                raise OptionError(
+                    "ratio_by_load with a budget or speedup: it raises a ratio. Give a ratio."
+                )
             if by_modality:
                 raise OptionError("ratio_by_load with ratios by modality: give one ratio.")
             steps = parse_steps(text, ratio)
@@ -76,7 +79,7 @@ class ServerOptions:
         merging = bool(values.get("merge"))
         base = cls(Method(), max_ratio, merging=merging)
         request = as_changes({k: v for k, v in values.items() if k not in SERVER_KEYS})
-        if "budget" not in request:
+        if request.keys().isdisjoint(("budget", "speedup")):
             request["ratio"] = asked
         return replace(
             base, default=base._resolved(request, engine), **flags, low_detail_ratio=low,
@@ -146,12 +149,13 @@ class ServerOptions:
         if closed:
             raise OptionError(f"option {', '.join(closed)} is set by the server's operator only.")
         # A budget of one token is a ratio close to one, whatever the operator allows.
-        if self.max_ratio < MAX_RATIO and values.get("budget") is not None:
-            raise RatioError(
-                f"budget={values['budget']!r}: this server allows ratios from 0 to "
-                f"{self.max_ratio}, and the ratio of a budget depends on the media. Give a "
-                "ratio."
-            )
+        for name in ("budget", "speedup"):
+            if self.max_ratio < MAX_RATIO and values.get(name) is not None:
+                raise RatioError(
+                    f"{name}={values[name]!r}: this server allows ratios from 0 to "
+                    f"{self.max_ratio}, and the ratio of a {name} depends on the media. Give a "
+                    "ratio."
+                )
         return self._resolved(values, engine)
 
     def _resolved(self, values: Mapping[str, Any], engine: str) -> Method:

@@ -63,7 +63,7 @@ def chosen_cells(
 
     # Keep count of every part; parts that share a budget divide it.
     grids = [grid for part in cells.parts for grid in part]
-    keeps = [keep for part in cells.parts for keep in stage.cells(part)]
+    keeps = [keep for part in cells.parts for keep in stage.cells(part, cells.modality)]
     lengths = [math.prod(grid) for grid in grids]
     ends, every = starts_of(lengths), range(len(grids))
 
