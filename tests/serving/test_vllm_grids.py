@@ -23,6 +23,7 @@ from support.serving.transfer import (
     LONGEST,
     ROUTER,
     encoded,
+    handed_on,
     post,
     prefilled,
     question,
@@ -227,8 +228,7 @@ def test_grids_answer_as_pixels_do(tiny_folder: Any, tmp_path: Path) -> None:
         begun = encoded(prefill)
         answers = [post(prefill, body) for body in grids]
         for body in grids:
-            handed = prefilled(prefill, body)
-            answers.append(post(decode, {**body, "kv_transfer_params": handed}))
+            answers.append(handed_on(prefill, decode, body))
         assert encoded(encoder) and not begun and not encoded(prefill) and not encoded(decode)
         for number, (status, got) in enumerate(answers):
             assert status == 200, got

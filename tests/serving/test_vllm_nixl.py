@@ -23,7 +23,17 @@ pytest.importorskip("nixl", reason="nixl is not installed (pip install nixl)")
 import yaml
 from support.serving import http
 from support.serving.processes import Served, started
-from support.serving.transfer import CHAT, GIVEN, ROUTER, encoded, post, prefilled, question, same
+from support.serving.transfer import (
+    CHAT,
+    GIVEN,
+    ROUTER,
+    encoded,
+    handed_on,
+    post,
+    prefilled,
+    question,
+    same,
+)  # fmt: skip
 
 DEPLOY = Path(__file__).parents[2] / "examples" / "deploy"
 
@@ -58,7 +68,7 @@ def test_prefill_and_decode_over_nixl(tiny_folder: Any, tmp_path: Path) -> None:
         with role(folder, tmp_path, "prefill") as prefill:
             for number in range(20):  # cold, and warm where a body comes again
                 body = question(number % 15)
-                status, got = handed_on(prefill, decode, body, tries=3)
+                status, got = handed_on(prefill, decode, body)
                 assert status == 200, got
                 assert same(post(prefill, body)[1], got), number
             assert encoded(prefill) and not encoded(decode)
@@ -74,27 +84,11 @@ def test_prefill_and_decode_over_nixl(tiny_folder: Any, tmp_path: Path) -> None:
         assert status == 200
         with role(folder, tmp_path, "prefill") as prefill:
             for number in (33, 34):
-                status, got = handed_on(prefill, decode, question(number), tries=3)
+                status, got = handed_on(prefill, decode, question(number))
                 assert status == 200, got
                 assert same(post(prefill, question(number))[1], got)
                 assert number == 34 or same(alone, got)
             check_death_of_the_decode(folder, tmp_path, prefill, decode)
-
-
-def handed_on(
-    prefill: Served, decode: Served, body: dict[str, Any], tries: int
-) -> tuple[int, dict[str, Any]]:
-    """An answer over both.
-
-    A busy machine can exceed vLLM's five seconds of the first contact (500), or the lease of the
-    blocks while the decode reads its first media (409).
-    """
-    for _ in range(tries):
-        handed = prefilled(prefill, body)
-        status, answer = post(decode, {**body, "kv_transfer_params": handed})
-        if status == 200:
-            break
-    return status, answer
 
 
 def check_death_of_the_decode(folder: Path, root: Path, prefill: Served, decode: Served) -> None:

@@ -73,3 +73,19 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def encoded(server: Served) -> float:
     return http.metric(server.url, "tokencomp_reduce_seconds_total")
+
+
+def handed_on(
+    prefill: Served, decode: Served, body: dict[str, Any], tries: int = 3
+) -> tuple[int, dict[str, Any]]:
+    """An answer over both.
+
+    A busy machine can exceed vLLM's five seconds of the first contact (500), or the lease of the
+    blocks while the decode reads its first media (409).
+    """
+    for _ in range(tries):
+        handed = prefilled(prefill, body)
+        status, answer = post(decode, {**body, "kv_transfer_params": handed})
+        if status == 200:
+            break
+    return status, answer
