@@ -127,7 +127,7 @@ def page() -> str:
     for key, entry in entries.items():
         correct = entry["answers"].correct
         full, *others = [setting.key for setting in SETTINGS[key.split(", ")[1]]]
-        accuracy = f"{correct[full].mean():.1%} of {len(correct[full])}"
+        accuracy = f"{sum(correct[full]) / len(correct[full]):.1%} of {len(correct[full])}"
         kept = [str(retention(correct[one], correct[full])) for one in others]
         table.append([key, accuracy, *kept])
     parts.append(publishing.table(["model, questions", "right without", *names], table))
