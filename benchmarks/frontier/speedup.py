@@ -131,9 +131,40 @@ def page() -> str:
         kept = [str(retention(correct[one], correct[full])) for one in others]
         table.append([key, accuracy, *kept])
     parts.append(publishing.table(["model, questions", "right without", *names], table))
+    parts += ["## By kind of question", KINDS, by_kind(entries)]
     runs = [f"- clock: {publishing.provenance(timed['provenance'])}"]
     runs += [f"- {key}: {publishing.provenance(e['provenance'])}" for key, e in entries.items()]
     return "\n\n".join([*parts, "## Runs", "\n".join(runs)]) + "\n"
+
+
+PACKED = ("tiny-qwen3-vl", "tiny-qwen2-vl", "tiny-qwen3-5")
+KINDS = (
+    "Test questions of the three models whose towers take pictures of any size, together. Towers "
+    "of pictures of one size make a smaller picture large again, so it saves no time there."
+)
+
+
+def by_kind(entries: dict[str, Any]) -> str:
+    """Right answers kept by kind of question, over the models of `PACKED`, on test questions."""
+    kinds: dict[tuple[str, str], list[list[int]]] = {}
+    for key, entry in entries.items():
+        model, modality, split = key.split(", ")
+        if model not in PACKED or split != "test":
+            continue
+        full, _, twice, _, alone, smaller, _ = (s.key for s in SETTINGS[modality])
+        answers = entry["answers"]
+        rows = zip(*(answers.correct[k] for k in (full, twice, alone, smaller)), strict=True)
+        for kind, row in zip(answers.questions.families, rows, strict=True):
+            kinds.setdefault((modality, kind), []).append(list(row))
+    table = []
+    for (modality, kind), rows in kinds.items():
+        full, *others = zip(*rows, strict=True)
+        shares = [str(retention(other, full)) for other in others]
+        table.append(
+            [f"{kind} ({modality})", f"{sum(full) / len(full):.1%} of {len(full)}", *shares]
+        )
+    head = ["kind", "right without", "speedup 2", "ratio 0.75 (1.2 to 1.3×)", "smaller, about 2×"]
+    return publishing.table(head, table)
 
 
 INTRO = """Time: Qwen2-VL-2B's shapes with random weights, a quarter of the blocks of tower and

@@ -258,6 +258,8 @@ def test_a_used_port_ends_the_start_before_the_model_is_loaded(monkeypatch: Any)
             bind = Bind(host, occupied.getsockname()[1])
             with pytest.raises(OptionError, match=f"port {bind.port}"):
                 launch.run_hf("none", {"ratio": 0.5}, bind, Limits())
+            with pytest.raises(OptionError, match=f"port {bind.port}"):
+                launch.run_vllm(["/bin/false"], {}, bind)
 
 
 def test_the_media_path_is_a_folder(tmp_path: Path) -> None:
@@ -287,3 +289,29 @@ def test_the_folder_of_metrics_goes_with_the_server(
     done = subprocess.run([sys.executable, "-c", code + end], env=env)
     assert done.returncode == (process.ENGINE_DIED if dies else 0)
     assert (tmp_path / name).exists() is not goes
+
+
+HOLDS = """
+import os, sys
+from pathlib import Path
+from tokencomp.serving.vllm.process import hold_metrics
+hold_metrics(Path(sys.argv[1]))
+os.execvp(sys.executable, [sys.executable, "-c", "print(1, flush=True); input()"])
+"""
+
+
+def test_folders_of_killed_servers_are_removed(tmp_path: Path) -> None:
+    """Those of running ones stay, and those without a lock."""
+    one, two, bare = (tmp_path / f"tokencomp-metrics-{n}" for n in "abc")
+    for folder in (one, two, bare):
+        folder.mkdir()
+    command = [sys.executable, "-c", HOLDS]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([*command, str(one)], **pipes) as first:
+        assert first.stdout.readline()
+        with subprocess.Popen([*command, str(two)], **pipes) as second:
+            assert second.stdout.readline() and one.exists()
+            first.kill()
+            first.wait()
+            subprocess.run([*command, str(bare)], input=b"\n", check=True)
+            assert not one.exists() and two.exists() and bare.exists()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import logging
+import socket
 from dataclasses import dataclass
 from urllib.parse import urlsplit
+
+from tokencomp.errors import OptionError
 
 logger = logging.getLogger("tokencomp.serving")
 
@@ -41,6 +44,24 @@ class Bind:
                 "can use it. Set TOKENCOMP_API_KEY, or use --host 127.0.0.1.",
                 self.host or "all addresses",
             )
+
+    def take_port(self) -> socket.socket:
+        """Take the port, which refuses connections until a server runs on the socket.
+
+        Raises `OptionError` if it cannot be had.
+        """
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        result = socket.socket(family)
+        result.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            result.bind((self.host, self.port))
+        except OSError as error:
+            result.close()
+            where = f"{self.host or 'all addresses'}, port {self.port}"
+            raise OptionError(
+                f"cannot listen at {where}: {error}. Choose another --port."
+            ) from None
+        return result
 
     def accepts(self, authorization: str) -> bool:
         scheme, _, token = authorization.partition(" ")

@@ -24,7 +24,7 @@ from tokencomp.serving.bind import Bind
 from tokencomp.serving.limits import Limits
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import LOADER
-from tokencomp.serving.vllm.process import ENV_METRICS, ENV_OWNER, METRICS
+from tokencomp.serving.vllm.process import ENV_METRICS, ENV_OWNER, METRICS, hold_metrics
 from tokencomp.serving.vllm.roles import ENV_ROUTER_KEY, ROLE_FLAGS
 from tokencomp.serving.vllm.rules import Rules
 
@@ -278,7 +278,9 @@ def check_architecture(model: str, options: ServerOptions) -> bool:
 
 def run_vllm(command: list[str], env: Mapping[str, str], bind: Bind) -> None:
     """Replace this process with `vllm serve`, by the line and environment of `vllm_command`."""
+    bind.take_port().close()  # a port that is taken ends the start before the model is loaded
     bind.warn_if_open()
+    hold_metrics(Path(env[ENV_METRICS]))
     os.execve(command[0], command, env)
 
 
@@ -301,7 +303,7 @@ def run_hf(
     """
     parsed = ServerOptions.parse(options, engine="hf")
     try:
-        from tokencomp.serving.hf.app import bind_socket, build_app, log_start, uvicorn_server
+        from tokencomp.serving.hf.app import build_app, log_start, uvicorn_server
         from tokencomp.serving.hf.engine import Engine
         from tokencomp.serving.hf.metrics import Metrics
     except ModuleNotFoundError as error:
@@ -309,7 +311,7 @@ def run_hf(
     from tokencomp.inputs.loading import load_model
 
     bind.warn_if_open()
-    sockets = [bind_socket(bind)]  # a port that is taken ends the start before the model is loaded
+    sockets = [bind.take_port()]  # a port that is taken ends the start before the model is loaded
     loaded, processor = load_model(
         model, device=device, dtype=dtype, image_max_tokens=image_max_tokens
     )

@@ -292,11 +292,11 @@ def run_router(
     """Route until the process is interrupted; requests that run have `bind.shutdown_timeout`."""
     import logging.config
 
-    from tokencomp.serving.hf.app import bind_socket, log_config, uvicorn_server
+    from tokencomp.serving.hf.app import log_config, uvicorn_server
 
     router = Router(prefills, decodes, key, bind)
     bind.warn_if_open()
-    sockets = [bind_socket(bind)]
+    sockets = [bind.take_port()]
     logging.config.dictConfig(log_config())
     for role, nodes in (("prefill", router.prefills), ("decode", router.decodes)):
         logger.info("%s: %s", role, ", ".join(node.url for node in nodes) or "none")

@@ -7,7 +7,6 @@ import contextlib
 import copy
 import logging
 import logging.config
-import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -26,7 +25,6 @@ from starlette.types import ASGIApp
 from uvicorn.config import LOGGING_CONFIG
 
 from tokencomp import __version__
-from tokencomp.errors import OptionError
 from tokencomp.serving.bind import Bind
 from tokencomp.serving.connections import BoundedH11
 from tokencomp.serving.hf.answers import Completion
@@ -226,23 +224,6 @@ def uvicorn_server(app: ASGIApp, bind: Bind) -> uvicorn.Server:
         timeout_graceful_shutdown=bind.shutdown_timeout,
     )
     return uvicorn.Server(config)
-
-
-def bind_socket(bind: Bind) -> socket.socket:
-    """Take the port of a server, which refuses connections until the server runs on it.
-
-    Raises `OptionError` if it cannot be had.
-    """
-    family = socket.AF_INET6 if ":" in bind.host else socket.AF_INET
-    result = socket.socket(family)
-    result.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        result.bind((bind.host, bind.port))
-    except OSError as error:
-        result.close()
-        where = f"{bind.host or 'all addresses'}, port {bind.port}"
-        raise OptionError(f"cannot listen at {where}: {error}. Choose another --port.") from None
-    return result
 
 
 def log_config() -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 from vllm import envs
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.serving import ENV_RULES, ENV_UNTESTED
@@ -40,6 +41,11 @@ def check_engine(config: VllmConfig, offsets: bool, merging: bool = False) -> No
         wrong += _wrong_for_merging(config)
     if getattr(config.model_config.multimodal_config, "video_pruning_rate", None):
         wrong.append("--video-pruning-rate compresses the same tokens; use one of the two")
+    if getattr(config, "lora_config", None) is not None and current_platform.is_cpu():
+        wrong.append(
+            "--enable-lora on a CPU, where vLLM answers prompts without an adapter by the last one "
+            "of the batch, with or without tokencomp"
+        )
     if getattr(envs, "VLLM_USE_RUST_FRONTEND", False):
         wrong.append("VLLM_USE_RUST_FRONTEND, which moves requests past processor and middleware")
     untested = _untested(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import logging
 import multiprocessing
@@ -15,6 +16,7 @@ from pathlib import Path
 METRICS = "tokencomp-metrics-"  # beginning of the folder's name that `tokencomp serve` makes
 ENV_METRICS = "PROMETHEUS_MULTIPROC_DIR"
 ENV_OWNER = "TOKENCOMP_METRICS_OWNER"  # number of the process that removes the folder of metrics
+OWNER = "owner"  # file in that folder which the server locks
 ENGINE_DIED = 70  # exit code after the death of the engine
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 logger = logging.getLogger("vllm.tokencomp")
@@ -44,6 +46,24 @@ def _remove_metrics() -> None:
     folder = Path(os.environ.get(ENV_METRICS, ""))
     if folder.name.startswith(METRICS):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def hold_metrics(folder: Path) -> None:
+    """Lock a folder of metrics while this process and its parts run; remove those of killed ones.
+
+    The lock outlives `exec`, and the system drops it when the last part ends. A folder without the
+    file of the lock is another server's that starts now, or the operator's.
+    """
+    import fcntl
+
+    for owner in folder.parent.glob(f"{METRICS}*/{OWNER}"):
+        with contextlib.suppress(OSError), owner.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(owner.parent, ignore_errors=True)
+    if folder.name.startswith(METRICS):
+        handle = os.open(folder / OWNER, os.O_CREAT | os.O_WRONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        os.set_inheritable(handle, True)
 
 
 def end_after_engine() -> None:
