@@ -21,6 +21,7 @@ from benchmarks.accuracy.store import ACCURACY
 from benchmarks.accuracy.studies import baselines, choose, tower
 from benchmarks.experiment import Files, write
 from benchmarks.frontier import page as frontier
+from benchmarks.frontier import speedup
 from benchmarks.kernels import roofline
 from benchmarks.long import choice as long_choice
 from benchmarks.long import page as long_answers
@@ -43,6 +44,7 @@ PAGES: dict[str, Callable[[], Files]] = {
     "accuracy/choice": choose.files,
     "accuracy/tower": tower.files,
     "frontier": frontier.files,
+    "speedup": speedup.files,
     "kernels/roofline": roofline.files,
     "mutants": lambda: {
         mutants.PAGE: mutants.page(mutants.read(), json.loads(mutants.RESULTS.read_text()))

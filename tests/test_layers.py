@@ -29,7 +29,7 @@ ROOMS = (
     ("serving", "training", "evaluation", "lmms", "mlx", "pages", "zoo"),
     ("tokencomp", "session"),
     ("inputs", "models"),
-    ("patching", "handle", "method", "conformance"),
+    ("patching", "handle", "method", "speed", "conformance"),
     ("engine", "context_window"),
     ("adapters", "trained", "reducers"),
     ("plan", "tokens"),

@@ -12,7 +12,8 @@ import pytest
 from benchmarks import figures
 from benchmarks.accuracy.report import record
 from benchmarks.accuracy.store import ACCURACY, Results
-from benchmarks.frontier.page import Measured, Point, points, stored
+from benchmarks.frontier import speedup
+from benchmarks.frontier.page import Measured, points, stored
 from tokencomp.method import Method
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +94,7 @@ def sections(page: str) -> dict[str, list[list[str]]]:
 
 
 def test_figures_of_the_text_are_those_of_their_pages() -> None:
-    """The first token of an image with and without `tower_ratio`, in one set-up, and its price."""
+    """The first token of an image with and without `tower_ratio`, and the price of a speedup."""
     text = " ".join(README.split())
     quarter = [
         line.split("|")
@@ -104,13 +105,15 @@ def test_figures_of_the_text_are_those_of_their_pages() -> None:
     said = re.search(r"came ([\d.]+) times as soon, and \[([\d.]+) times\]", text)
     keys = ("ratio 0.75", "ratio 0.75, tower ratio 0.6")
     assert said and [float(x) for x in said.groups()] == [round(times[key], 1) for key in keys]
-    measured = Measured("image", *stored())
-    wanted = [measured.kept(p, "test").value for p in (Point(0.75, 0.6), Point(0.75))]
     said = re.search(
-        r"keeps \[([\d.]+) %\]\S* of its right answers .*? and ([\d.]+) % with the", text
+        r"keep \[([\d.]+) %\]\S* of their right answers about images and ([\d.]+) % about clips at "
+        r"half of the work, and ([\d.]+) and ([\d.]+) % with smaller",
+        text,
     )
     assert said
-    assert [*map(float, said.groups())] == pytest.approx([100 * v for v in wanted], abs=0.051)
+    rows = [speedup.together(speedup.stored(), name, "test") for name in ("image", "video")]
+    wanted = [100 * sum(row[i]) / sum(row[0]) for i in (2, 5) for row in rows]
+    assert [*map(float, said.groups())] == pytest.approx(wanted, abs=0.051)
     steps = {
         (title, row[1].strip()): float(row[-2])
         for title, table in sections("benchmarks/models/decoding.md").items()

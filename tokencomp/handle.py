@@ -12,7 +12,6 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.context_window import VisualContext, extend_visual_context, is_extended
 from tokencomp.engine.checks import check_plan
 from tokencomp.engine.hooks import CallGate, Hooks
-from tokencomp.engine.speed import fast_plan
 from tokencomp.engine.stats import Stats
 from tokencomp.engine.tower.signals import check_signals
 from tokencomp.engine.weights import merging_where_possible
@@ -22,6 +21,7 @@ from tokencomp.plan.options import Merging, in_words
 from tokencomp.plan.plan import Plan, Stage
 from tokencomp.reducers.base import Reducer, label
 from tokencomp.reducers.plan_json import PlanLike, as_plan
+from tokencomp.speed import fast_plan
 from tokencomp.trained.cards import model_facts
 
 # Attribute of a patched model with its handle: both are freed together, and it is in no state_dict.

@@ -23,7 +23,7 @@ from benchmarks import publishing
 from benchmarks.accuracy.packed import PackedAnswers, read_sets, stored_sets
 from benchmarks.accuracy.store import ACCURACY
 from benchmarks.accuracy.studies.tower import DEEP_IMAGES, DEEP_VIDEOS, IMAGES, VIDEOS
-from benchmarks.experiment import write
+from benchmarks.experiment import Files, write
 from benchmarks.frontier.page import HERE
 from benchmarks.models.tower_parts import UNIT, build, clock_of, qwen_inputs
 from benchmarks.publishing import environment
@@ -130,11 +130,32 @@ def page() -> str:
         accuracy = f"{sum(correct[full]) / len(correct[full]):.1%} of {len(correct[full])}"
         kept = [str(retention(correct[one], correct[full])) for one in others]
         table.append([key, accuracy, *kept])
+    for split in ("validation", "test"):
+        for modality in SETTINGS:
+            full, *others = together(entries, modality, split)
+            accuracy = f"{sum(full) / len(full):.1%} of {len(full)}"
+            kept = [str(retention(other, full)) for other in others]
+            table.append([f"**all, {modality}, {split}**", accuracy, *kept])
     parts.append(publishing.table(["model, questions", "right without", *names], table))
     parts += ["## By kind of question", KINDS, by_kind(entries)]
     runs = [f"- clock: {publishing.provenance(timed['provenance'])}"]
     runs += [f"- {key}: {publishing.provenance(e['provenance'])}" for key, e in entries.items()]
     return "\n\n".join([*parts, "## Runs", "\n".join(runs)]) + "\n"
+
+
+def together(entries: dict[str, Any], modality: str, split: str) -> list[list[int]]:
+    """Right answers of all models, 0 or 1 per question, by setting of `SETTINGS`."""
+    found: list[list[int]] = [[] for _ in SETTINGS[modality]]
+    for name in QUESTIONS:
+        correct = entries[f"{name}, {modality}, {split}"]["answers"].correct
+        for row, setting in zip(found, SETTINGS[modality], strict=True):
+            row += correct[setting.key]
+    return found
+
+
+def files(folder: Path = HERE) -> Files:
+    """The page."""
+    return {folder / "speedup.md": page()}
 
 
 PACKED = ("tiny-qwen3-vl", "tiny-qwen2-vl", "tiny-qwen3-5")
@@ -192,7 +213,7 @@ def main() -> None:
     elif args.part == "clock":
         clock(args)
     else:
-        write({Path(HERE) / "speedup.md": page()})
+        write(files())
 
 
 if __name__ == "__main__":

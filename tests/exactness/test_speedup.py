@@ -79,7 +79,7 @@ def flops(model: Any, inputs: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize("name", ["tiny-qwen2-vl", "tiny-qwen3-vl", "tiny-llava-onevision"])
 def test_counted_flops_fall_as_planned(name: str) -> None:
-    """PyTorch counts them, with the text, which the plan leaves out."""
+    """PyTorch counts them, with the text, which the plan leaves out, and all pairs of a causal mask."""
     model, processor = load_model(name, device="cpu")
     model.set_attn_implementation("eager")  # whose products PyTorch counts
     picture = Image.effect_noise((448, 448), 80).convert("RGB")
@@ -90,8 +90,8 @@ def test_counted_flops_fall_as_planned(name: str) -> None:
         with tokencomp.patch(model, speedup=speedup, **cheap) as handle:
             counted = full / flops(model, inputs)
             stats = handle.stats
-        assert stats.speedup == pytest.approx(counted, rel=0.04), (speedup, stats)
-        assert 0.88 * speedup < counted < 1.08 * speedup, (speedup, stats)
+        assert stats.speedup == pytest.approx(counted, rel=0.09), (speedup, stats)
+        assert 0.88 * speedup < counted < 1.12 * speedup, (speedup, stats)
 
 
 class Linear:
