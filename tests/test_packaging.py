@@ -69,15 +69,6 @@ def test_one_version_stands_everywhere() -> None:
     assert len(versions) == 1
 
 
-@TOML
-def test_the_readme_has_the_address_of_the_package() -> None:
-    """In the command that clones, and in the badge of the tests."""
-    readme = (ROOT / "README.md").read_text()
-    found = re.findall(r"git clone (\S+)", readme) + re.findall(r"(https[^\s()]+)/actions/", readme)
-    assert len(found) >= 3
-    assert set(found) == {project()["project"]["urls"]["Repository"]}
-
-
 def test_the_index_gets_a_readme_without_relative_links(tmp_path: Path) -> None:
     """The commands of the workflow, run here on a copy."""
     workflow = (ROOT / ".github/workflows/release.yml").read_text()

@@ -5,15 +5,22 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import transformers
+from PIL import Image
 
 from benchmarks import figures
 from benchmarks.accuracy.report import record
 from benchmarks.accuracy.store import ACCURACY, Results
 from benchmarks.frontier import speedup
 from benchmarks.frontier.page import Measured, points, stored
+from tokencomp import zoo
+from tokencomp.handle import ATTRIBUTE
 from tokencomp.method import Method
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +36,27 @@ def test_the_script_prints_what_stands_below_it() -> None:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(script, {})
     assert printed.getvalue() == output
+
+
+def test_the_first_program_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As printed, with an embedded model in place of the checkpoint and its download."""
+    script = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    folder = zoo.SAMPLES.parent / "models" / "tiny-qwen2-vl"
+    for auto in (transformers.AutoProcessor, transformers.AutoModelForImageTextToText):
+        load = auto.from_pretrained
+        monkeypatch.setattr(auto, "from_pretrained", partial(_embedded, load, folder))
+    monkeypatch.chdir(tmp_path)
+    Image.effect_noise((448, 448), 80).convert("RGB").save("photo.jpg")
+    names: dict[str, Any] = {}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(script.replace("budget=512", "budget=30"), names)
+    assert "144 → 30 visual tokens" in printed.getvalue()
+    assert not hasattr(names["model"], ATTRIBUTE)
+
+
+def _embedded(load: Callable[..., Any], folder: Path, name: str, **options: Any) -> Any:
+    assert "/" in name  # a checkpoint, not an embedded model
+    return load(folder, **options)
 
 
 def below(link: str, text: str) -> list[float]:

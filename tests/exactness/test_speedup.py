@@ -79,7 +79,7 @@ def flops(model: Any, inputs: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize("name", ["tiny-qwen2-vl", "tiny-qwen3-vl", "tiny-llava-onevision"])
 def test_counted_flops_fall_as_planned(name: str) -> None:
-    """PyTorch counts them, with the text, which the plan leaves out, and all pairs of a causal mask."""
+    """PyTorch counts them, with the text, which the plan leaves out, and all pairs of a mask."""
     model, processor = load_model(name, device="cpu")
     model.set_attn_implementation("eager")  # whose products PyTorch counts
     picture = Image.effect_noise((448, 448), 80).convert("RGB")

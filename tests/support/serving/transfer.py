@@ -76,7 +76,7 @@ def encoded(server: Served) -> float:
 
 
 def handed_on(
-    prefill: Served, decode: Served, body: dict[str, Any], tries: int = 3
+    prefill: Served, decode: Served, body: dict[str, Any], tries: int = 6
 ) -> tuple[int, dict[str, Any]]:
     """An answer over both.
 
