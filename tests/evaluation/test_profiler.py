@@ -82,6 +82,12 @@ def test_a_speedup_pays_for_the_reducer():
     """Three seconds become one of the model and half a one of the reducer."""
     full = {"prefill_s": 3.0, "reduce_s": 0.0, "total_s": 4.0, "flops": 30}
     row = {"prefill_s": 1.0, "reduce_s": 0.5, "total_s": 2.0, "flops": 10}
+    full |= {"preprocess_s": 1.0, "decode_s_per_token": 0.2}
+    row |= {"preprocess_s": None, "decode_s_per_token": 0.1}
     gains = {"speedup": 2.0, "reduce_overhead": 0.5 / 3, "total_speedup": 2.0}
     found = _gains(row, full)
     assert {name: found[name] for name in gains} == pytest.approx(gains)
+    # 1 + 4 s and 15 steps of 0.2 s become 2 s and 15 of 0.1 s.
+    assert found["answers"][0] == pytest.approx(
+        {"tokens": 16, "seconds": 3.5, "speedup": 8.0 / 3.5}
+    )

@@ -29,6 +29,8 @@ LINES = (
     ("limit reached", "limit_reached", "{:.0%}"),
     ("reducer overhead", "reduce_overhead", "{:.1%}"),
     ("in all, times as fast", "total_speedup", "{:.2f}×"),
+    ("answer of 16 tokens", "answer_16", "{}"),
+    ("answer of 256 tokens", "answer_256", "{}"),
 )
 """Lines of the table: name, key of the row, and the form of its value."""
 BLOCK = 3
@@ -115,6 +117,10 @@ def show(report: dict[str, Any]) -> None:
         "bytes": lambda count: si(count, "B"),
         "count": si,
     }
+    for row in rows:
+        for part in row["answers"]:
+            text = f"{part['seconds']:.2f} s, {part['speedup']:.2f}×"
+            row[f"answer_{part['tokens']}"] = text
     lines = [one for one in LINES if one[1] != "tower_ratio" or any(row[one[1]] for row in rows)]
     names = ["", *(name for name, _, _ in lines)]
     columns = [
@@ -138,5 +144,6 @@ def show(report: dict[str, Any]) -> None:
     device = ", ".join(where["gpus"]) or f"{where['cpu']}, {where['threads']} threads"
     console.print(
         f"[dim]{device}; variants interleaved in one process, medians. 2×: twice as fast. LLM: "
-        "prefill with reducer; in all: vision tower included, preprocessing not.[/]"
+        "prefill with reducer; in all: vision tower included, preprocessing not. Answers: from "
+        "preprocessing to the last token, with steps as long as the first ones.[/]"
     )

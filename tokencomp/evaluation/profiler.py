@@ -22,6 +22,8 @@ from tokencomp.inputs.prompts import prompt_lengths
 
 DECODE_TOKENS = 16
 """Generated tokens over which the time per token is averaged."""
+ANSWERS = (16, 256)
+"""Tokens of a short and of a long answer, whose times are put together from the parts."""
 
 
 def profile(
@@ -40,7 +42,9 @@ def profile(
     of one prefill above what was held before it, None where it cannot be read; `kv_bytes` are
     counted on the cache itself. `speedup` is for the LLM prefill with the reducer,
     `limit_reached` its share of what FLOPs allow, `reduce_overhead` the reducer's time over the
-    uncompressed prefill, and `total_speedup` is for the whole call.
+    uncompressed prefill, and `total_speedup` is for the whole call. `answers` has, by the number of
+    tokens, the seconds of a whole answer from preprocessing to its last token, and how many times
+    as fast it is: later tokens take as long as the first ones.
     """
     from tqdm.auto import tqdm
 
@@ -76,7 +80,7 @@ def profile(
     return rows
 
 
-def _gains(row: dict[str, Any], full: dict[str, Any]) -> dict[str, float]:
+def _gains(row: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
     """How a variant compares with the full model."""
     before, after = (one["prefill_s"] + one["reduce_s"] for one in (full, row))
     speedup, flop_limit = before / after, full["flops"] / row["flops"]
@@ -86,7 +90,17 @@ def _gains(row: dict[str, Any], full: dict[str, Any]) -> dict[str, float]:
         "limit_reached": speedup / flop_limit,
         "reduce_overhead": row["reduce_s"] / full["prefill_s"],
         "total_speedup": full["total_s"] / row["total_s"],
+        "answers": [
+            {"tokens": n, "seconds": answer(row, n), "speedup": answer(full, n) / answer(row, n)}
+            for n in ANSWERS
+        ],
     }
+
+
+def answer(row: dict[str, Any], tokens: int) -> float:
+    """Seconds of an answer: preprocessing, prefill with its first token, and one step per other."""
+    prefill = (row["preprocess_s"] or 0.0) + row["total_s"]
+    return float(prefill + (tokens - 1) * row["decode_s_per_token"])
 
 
 def time_prefills(
