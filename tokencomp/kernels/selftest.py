@@ -86,7 +86,7 @@ def passes(op: str, device: torch.device, dtype: torch.dtype) -> bool:
 def verdicts(device: torch.device, dtype: torch.dtype, fresh: bool = False) -> list[Verdict]:
     """The verdicts of all ops, from this process, from disk, or from new tests.
 
-    `fresh` tests all ops again. An op that fails is logged once per process.
+    `fresh` tests all ops again. Ops that fail are logged once per process and reason.
     """
     with _lock:
         known = [_known.get((op, device, dtype)) for op in OPS]
@@ -98,19 +98,22 @@ def verdicts(device: torch.device, dtype: torch.dtype, fresh: bool = False) -> l
         if missing:
             table |= {v.op: v for v in _test(missing, device, dtype)}
             _write(path, {**note, "ops": [asdict(v) for v in table.values() if v.final]})
+        failed: dict[str, list[str]] = {}  # ops by the reason
         for op in OPS:
             before = _known.get((op, device, dtype))
             _known[op, device, dtype] = table[op]
             if not table[op].passed and (before is None or before.passed):
-                _warn(table[op], note, dtype)
+                failed.setdefault(table[op].why, []).append(op)
+        for why, ops in failed.items():
+            _warn(ops, why, note, dtype)
         return [table[op] for op in OPS]
 
 
-def _warn(verdict: Verdict, note: dict[str, Any], dtype: torch.dtype) -> None:
+def _warn(ops: list[str], why: str, note: dict[str, Any], dtype: torch.dtype) -> None:
     _log.warning(
         "tokencomp: the Triton form of %s is not used on %s (%s, Triton %s): %s. Plain PyTorch "
         "runs instead. `tokencomp doctor` tests again; please report its output.",
-        verdict.op, note["card"], str(dtype).removeprefix("torch."), note["triton"], verdict.why,
+        ", ".join(ops), note["card"], str(dtype).removeprefix("torch."), note["triton"], why,
     )  # fmt: skip
 
 
