@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable
 from importlib import import_module
 
-from benchmarks.accuracy import report
+from benchmarks.accuracy import hallucination, report
 from benchmarks.accuracy.store import ACCURACY
 from benchmarks.accuracy.studies import baselines, choose, tower
 from benchmarks.experiment import Files, write
@@ -42,6 +42,7 @@ PAGES: dict[str, Callable[[], Files]] = {
     **{f"accuracy/{name}": lambda name=name: report.files(ACCURACY / name) for name in SETS},
     "accuracy/baselines": baselines.files,
     "accuracy/choice": choose.files,
+    "accuracy/hallucination": hallucination.files,
     "accuracy/tower": tower.files,
     "frontier": frontier.files,
     "speedup": speedup.files,
